@@ -1,0 +1,281 @@
+"""Whose turn it is, decided in one place: a small plugin on the scheduler.
+
+It grants a gang all its places or none, in the order asked; checks each member's
+token once; carries the small messages by which members find each other; and
+frees everything when a client or a worker goes. It is sent by value, so it uses
+the standard library and distributed only: nothing of ours is installed where
+the scheduler runs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from typing import Any
+
+from distributed.diagnostics.plugin import SchedulerPlugin
+
+__all__ = ["OPERATION", "STOP", "Arbiter"]
+
+#: Bumped when the messages change: two versions then live side by side, unaware of each other.
+PROTOCOL = 1
+#: Name of the plugin, of its comm handler and of its stream handler on the scheduler.
+OPERATION = f"dask_bridges_arbiter_{PROTOCOL}"
+#: Name of the stream handler on the workers by which members are asked to stop.
+STOP = f"dask_bridges_stop_{PROTOCOL}"
+
+logger = logging.getLogger("dask_bridges.arbiter")
+
+
+class _Gang:
+    """The scheduler's view of one attempt of one gang."""
+
+    def __init__(self, gang: str, client: str, request: dict[str, Any]) -> None:
+        self.gang = gang
+        self.client = client
+        self.label: str = request["label"]
+        self.attempt: int = request["attempt"]
+        self.candidates = list(request["candidates"])
+        self.places: int = request["places"]
+        self.exclusive: bool = request["exclusive"]
+        self.topic: str = request["topic"]
+        self.workers: list[str] = []  # by rank, once granted
+        self.presented: set[int] = set()
+        self.ranks_done: dict[int, str] = {}  # rank -> finished, failed, collateral, lost
+        self.payloads: dict[int, dict[int, Any]] = {}
+        self.ending = ""  # why, once no member may start or go on
+        self.released = False
+        self.changed = asyncio.Event()
+
+    @property
+    def live(self) -> set[int]:
+        """Ranks that presented themselves and have not left."""
+        return self.presented - set(self.ranks_done)
+
+    def holds(self) -> set[str]:
+        """Workers whose place is taken: all at first, in the end those of live members."""
+        if not self.ending:
+            return set(self.workers)
+        return {self.workers[rank] for rank in self.live}
+
+    def touch(self) -> None:
+        """Wake whoever waits for a change of this gang."""
+        self.changed.set()
+        self.changed = asyncio.Event()
+
+    async def until(self, predicate: Any, timeout: float) -> bool:
+        """Wait for `predicate()` for at most `timeout` seconds; whether it came true."""
+        deadline = time.monotonic() + timeout
+        while not predicate():
+            left = deadline - time.monotonic()
+            if left <= 0:
+                return False
+            try:
+                await asyncio.wait_for(self.changed.wait(), left)
+            except asyncio.TimeoutError:
+                return bool(predicate())
+        return True
+
+
+class Arbiter(SchedulerPlugin):  # type: ignore[misc]
+    """Grants places on workers to gangs. Every method answers plain data."""
+
+    name = OPERATION
+    idempotent = True  # registered by every client, started once
+
+    def __init__(self) -> None:
+        self.gangs: dict[str, _Gang] = {}  # in the order asked
+
+    async def start(self, scheduler: Any) -> None:
+        self.scheduler = scheduler
+        scheduler.handlers[OPERATION] = self.handle
+        scheduler.stream_handlers[OPERATION] = self.leave
+
+    async def handle(self, method: str, **request: Any) -> dict[str, Any]:
+        """The one comm handler: `method` is acquire, present, exchange, settle, release or status."""
+        answer: dict[str, Any] = await getattr(self, f"on_{method}")(**request)
+        return answer
+
+    # Turns
+
+    async def on_acquire(self, gang: str, client: str, wait: float, **request: Any) -> dict[str, Any]:
+        """Queue for places, or go on waiting for them, for at most `wait` seconds.
+
+        Answers ``{"granted": [address by rank]}``, ``{"waiting_for": [...]}``, or
+        ``{"lacking": [addresses that are gone]}``.
+        """
+        if client not in self.scheduler.clients:
+            return {"lacking": [], "reason": "the client is gone"}
+        asked = self.gangs.get(gang)
+        if asked is None:
+            asked = self.gangs[gang] = _Gang(gang, client, request)
+            self.grant()
+        gone = self._gone(asked)
+        if not gone:
+            await asked.until(lambda: asked.workers or asked.ending or self._gone(asked), wait)
+            gone = self._gone(asked)
+        if asked.workers and not asked.ending:
+            return {"granted": asked.workers}
+        if gone or asked.ending:
+            self.gangs.pop(gang, None)
+            self.grant()
+            return {"lacking": gone, "reason": asked.ending}
+        return {"waiting_for": self._ahead_of(asked)}
+
+    def _gone(self, gang: _Gang) -> list[str]:
+        """Candidates that left the cluster, where too few remain."""
+        gone = [worker for worker in gang.candidates if worker not in self.scheduler.workers]
+        return gone if not gang.workers and len(gang.candidates) - len(gone) < gang.places else []
+
+    def _ahead_of(self, gang: _Gang) -> list[dict[str, Any]]:
+        """Who holds, or asked earlier for, places that `gang` waits for."""
+        wanted = set(gang.candidates)
+        ahead = []
+        for other in self.gangs.values():
+            if other is gang:
+                break
+            workers = other.holds() if other.workers else set(other.candidates)
+            if workers & wanted:
+                ahead.append({"gang": other.gang, "label": other.label, "client": other.client,
+                              "workers": sorted(workers & wanted), "running": bool(other.workers)})  # fmt: skip
+        return ahead
+
+    def grant(self) -> None:
+        """Give places to those who wait, first come, first served; nobody overtakes on a shared worker."""
+        exclusive: set[str] = set()
+        shared: set[str] = set()
+        for gang in self.gangs.values():
+            (exclusive if gang.exclusive else shared).update(gang.holds())
+        reserved: set[str] = set()
+        for gang in list(self.gangs.values()):
+            if gang.workers or gang.ending:
+                continue
+            taken = exclusive | reserved | (shared if gang.exclusive else set())
+            free = [w for w in gang.candidates if w not in taken and w in self.scheduler.workers]
+            if len(free) < gang.places:
+                reserved.update(gang.candidates)
+                continue
+            gang.workers = free[: gang.places]
+            (exclusive if gang.exclusive else shared).update(gang.workers)
+            gang.touch()
+
+    # Members
+
+    async def on_present(self, gang: str, attempt: int, rank: int, worker: str) -> dict[str, Any]:
+        """A member's first act: its token (gang, attempt, rank) is accepted once, from its own worker."""
+        known = self.gangs.get(gang)
+        refused = ""
+        if known is None or known.attempt != attempt or not known.workers:
+            refused = "its gang has ended"
+        elif known.ending:
+            refused = known.ending
+        elif known.workers[rank] != worker:
+            refused = f"its place is on {known.workers[rank]}"
+        elif rank in known.presented:
+            refused = "it has run already"
+        if refused or known is None:
+            return {"refused": refused}
+        known.presented.add(rank)
+        known.touch()
+        return {}
+
+    async def on_exchange(
+        self, gang: str, attempt: int, rank: int, step: int, payload: Any, timeout: float
+    ) -> dict[str, Any]:
+        """All-gather of one small payload a member; answers once every member has called."""
+        known = self.gangs.get(gang)
+        if known is None or known.attempt != attempt:
+            return {"ended": "its gang has ended"}
+        gathered = known.payloads.setdefault(step, {})
+        gathered[rank] = payload
+        known.touch()
+        world = len(known.workers)
+        await known.until(lambda: len(gathered) == world or known.ending, timeout)
+        if len(gathered) < world:
+            missing = [r for r in range(world) if r not in gathered]
+            return {"ended": known.ending, "missing": missing}
+        return {"payloads": [gathered[r] for r in range(world)]}
+
+    def leave(self, gang: str, attempt: int, rank: int, outcome: str, worker: str = "") -> None:
+        """A member is done (stream message): finished, failed or collateral. A failure ends the gang."""
+        try:
+            known = self.gangs.get(gang)
+            if known is None or known.attempt != attempt or rank not in known.live:
+                return
+            known.ranks_done[rank] = outcome
+            if outcome != "finished":
+                self.end(known, f"member {rank} failed")
+            self._settled(known)
+        except Exception:  # an error here would close the stream of an innocent worker
+            logger.exception("arbiter: leave of %s rank %s", gang, rank)
+
+    # Ends
+
+    def end(self, gang: _Gang, reason: str) -> None:
+        """No member starts any more, and those that run are asked to stop."""
+        gang.ending = gang.ending or reason
+        for rank in gang.live:
+            worker = gang.workers[rank]
+            if worker in self.scheduler.workers:
+                self.scheduler.worker_send(worker, {"op": STOP, "gang": gang.gang, "reason": reason})
+        gang.touch()
+
+    async def on_settle(self, gang: str, reason: str, timeout: float) -> dict[str, Any]:
+        """End a gang and wait until its members have left; answers who left how, in that order."""
+        known = self.gangs.get(gang)
+        if known is None:
+            return {"outcomes": [], "live": []}
+        self.end(known, reason)
+        await known.until(lambda: not known.live, timeout)
+        return {"outcomes": list(known.ranks_done.items()), "live": sorted(known.live)}
+
+    async def on_release(self, gang: str, reason: str) -> dict[str, Any]:
+        """The client is done with a gang: its places are free as soon as its members have left."""
+        known = self.gangs.get(gang)
+        if known is not None:
+            known.released = True
+            self.end(known, reason)
+            self._settled(known)
+        return {}
+
+    def _settled(self, gang: _Gang) -> None:
+        gang.touch()
+        if gang.released and not gang.live:
+            self.gangs.pop(gang.gang, None)
+        self.grant()
+
+    def remove_client(self, scheduler: Any, client: str) -> None:
+        for gang in list(self.gangs.values()):
+            if gang.client == client:
+                gang.released = True
+                self.end(gang, "its client is gone")
+                self._settled(gang)
+
+    def remove_worker(self, scheduler: Any, worker: str, **kwargs: Any) -> None:
+        for gang in list(self.gangs.values()):
+            if worker in gang.workers and not gang.released:
+                rank = gang.workers.index(worker)
+                if rank in gang.ranks_done:  # its result may be lost, which the client must know
+                    outcome = f"{gang.ranks_done.pop(rank)}, then lost"
+                else:
+                    outcome = "lost"
+                gang.presented.add(rank)
+                gang.ranks_done[rank] = outcome
+                event = {"event": "Lost", "gang": gang.gang, "attempt": gang.attempt, "rank": rank,
+                         "time": time.time(), "worker": worker}  # fmt: skip
+                scheduler.log_event(gang.topic, event)
+                self.end(gang, f"worker {worker} of member {rank} was lost")
+            elif worker in gang.workers:
+                gang.ranks_done[gang.workers.index(worker)] = "lost"
+            self._settled(gang)
+
+    async def on_status(self) -> dict[str, Any]:
+        """Who holds and who waits, for people and tests."""
+        return {
+            "gangs": [
+                {"gang": gang.gang, "label": gang.label, "client": gang.client, "workers": gang.workers,
+                 "live": sorted(gang.live), "ending": gang.ending}
+                for gang in self.gangs.values()
+            ]
+        }  # fmt: skip

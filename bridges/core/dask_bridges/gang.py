@@ -1,0 +1,303 @@
+"""N members on N workers that start together, know each other, and end together.
+
+`Gang` is the client's side: it waits for its turn, submits one pinned Dask task a
+member, watches, and gives either every member's result or the one root cause.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import dask
+from distributed import Client, Future
+
+from dask_bridges import config, turns
+from dask_bridges.errors import (
+    BridgeError,
+    GangTimeout,
+    MemberFailed,
+    MemberLost,
+    MemberStopped,
+    PlacementError,
+)
+from dask_bridges.events import Event, EventStream, Log, Lost, Span, topic_of
+from dask_bridges.member import Member, MemberSpec, host_of, never_collateral, run_member
+
+__all__ = ["Gang", "GangPlan"]
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class GangPlan:
+    """What a gang is to do.
+
+    Attributes
+    ----------
+    label : str
+        What people call it: "XGBoost training". Shown to whoever waits for it.
+    function : callable
+        ``function(member, payload)``: module-level, so that it is found on the workers.
+    payloads : sequence
+        One a member, by rank: its length is the world size.
+    workers : sequence of str
+        Addresses to choose places from. As many as payloads: rank i runs on ``workers[i]``.
+    exclusive : bool
+        Whether the workers are held alone (the default) or shared with other sharing gangs.
+    timeout, start_timeout, stop_timeout : float or str, optional
+        Longest waits for the turn, for all to start, and for all to end; from the
+        configuration by default.
+    collateral : callable
+        See `MemberSpec.collateral`.
+    """
+
+    label: str
+    function: Callable[[Member, Any], Any]
+    payloads: Sequence[Any]
+    workers: Sequence[str]
+    exclusive: bool = True
+    timeout: float | str | None = None
+    start_timeout: float | str | None = None
+    stop_timeout: float | str | None = None
+    collateral: Callable[[BaseException], bool] = field(default=never_collateral)
+
+
+class Gang:
+    """One gang, run once.
+
+    Parameters
+    ----------
+    client : Client
+    plan : GangPlan
+    attempt : int
+        Counts from 1; a member of another attempt is refused.
+
+    Attributes
+    ----------
+    id : str
+    events : EventStream
+        Everything the members tell, live, and from the start for who attaches late.
+    """
+
+    def __init__(self, client: Client, plan: GangPlan, attempt: int = 1) -> None:
+        self.id = uuid.uuid4().hex[:12]
+        self.client = client
+        self.plan = plan
+        self.attempt = attempt
+        self.events = EventStream(self.id)
+        self.events.attempt = attempt
+        self._lost = asyncio.Event()
+        self.events.listen(self._notice_loss)
+
+    async def run(self) -> list[Any]:
+        """Run it to its end.
+
+        Returns
+        -------
+        list
+            Every member's result, by rank.
+
+        Raises
+        ------
+        PlacementError
+            If the workers are not to be had.
+        GangTimeout
+            If the turn, or the start of all members, took too long.
+        MemberFailed
+            If a member raised; the root cause is its ``__cause__``.
+        MemberLost
+            If a worker died.
+        """
+        await turns.register(self.client)
+        topic = topic_of(self.id)
+        self.client.subscribe_topic(topic, self.events.receive)
+        reason = "the client gave up"
+        try:
+            workers = await self._take_turn()
+            results = await self._run_members(workers)
+            reason = "finished"
+            return results
+        finally:
+            await asyncio.shield(self._release(topic, reason))
+
+    async def _release(self, topic: str, reason: str) -> None:
+        try:
+            await turns.ask(self.client, "release", gang=self.id, reason=reason)
+            self.client.unsubscribe_topic(topic)
+            self.client._event_handlers.pop(topic, None)
+        except (OSError, ValueError):  # the scheduler is gone, and the gang's places with it
+            logger.info("gang %s: no scheduler to release it at", self.id)
+
+    # The turn
+
+    async def _take_turn(self) -> tuple[str, ...]:
+        """Wait until all places are ours; say for whom we wait."""
+        plan, start = self.plan, time.monotonic()
+        timeout, notice = config.seconds("timeout", plan.timeout), config.seconds("wait-notice")
+        request = {
+            "gang": self.id,
+            "client": self.client.id,
+            "label": plan.label,
+            "attempt": self.attempt,
+            "candidates": list(plan.workers),
+            "places": len(plan.payloads),
+            "exclusive": plan.exclusive,
+            "topic": topic_of(self.id),
+        }
+        told = ""
+        while True:
+            left = timeout - (time.monotonic() - start)
+            answer = await turns.ask(
+                self.client, "acquire", wait=max(0.0, min(notice, left)), **request
+            )
+            if "granted" in answer:
+                self._emit(Span, kind="wait", seconds=time.monotonic() - start)
+                return tuple(answer["granted"])
+            if "lacking" in answer:
+                raise PlacementError(self._lacking(answer))
+            told = self._tell_wait(answer["waiting_for"], told)
+            if left <= notice:
+                raise GangTimeout(
+                    f"{plan.label} had no turn within {timeout:g} s: {told}. "
+                    "Raise dask-bridges.timeout, or use other workers."
+                )
+
+    def _lacking(self, answer: dict[str, Any]) -> str:
+        gone = ", ".join(answer["lacking"]) or answer.get("reason", "")
+        return (
+            f"{self.plan.label} needs {len(self.plan.payloads)} of {len(self.plan.workers)} workers, "
+            f"but some have left the cluster: {gone}"
+        )
+
+    def _tell_wait(self, ahead: Sequence[dict[str, Any]], told: str) -> str:
+        """Log for whom we wait, when that has changed."""
+        if not ahead:
+            return told or "no worker was free"
+        who = "; ".join(
+            f"{'running' if a['running'] else 'queued'} {a['label']} (gang {a['gang']}) "
+            f"on {', '.join(a['workers'])}"
+            for a in ahead
+        )
+        text = f"waits for {who}"
+        if text != told:
+            logger.info("[gang %s] %s %s", self.id, self.plan.label, text)
+            self._emit(Log, text=text)
+        return text
+
+    def _emit(self, kind: type[Event], /, **fields: Any) -> None:
+        self.events.publish(kind(gang=self.id, attempt=self.attempt, **fields))
+
+    # The members
+
+    def _submit(self, workers: tuple[str, ...]) -> list[Future]:
+        """One task a member, pinned to its worker, in one graph."""
+        plan = self.plan
+        specs = {
+            f"{plan.label.replace(' ', '-')}-{self.id}-{self.attempt}-{rank}": MemberSpec(
+                gang=self.id,
+                attempt=self.attempt,
+                rank=rank,
+                workers=workers,
+                label=plan.label,
+                function=plan.function,
+                payload=payload,
+                collateral=plan.collateral,
+                start_timeout=config.seconds("start-timeout", plan.start_timeout),
+            )
+            for rank, payload in enumerate(plan.payloads)
+        }
+        places = dict(zip(specs, ([worker] for worker in workers)))
+        # A bound method of a dict: the scheduler unpickles and calls it without this package.
+        with dask.annotate(workers=places.__getitem__, allow_other_workers=False, retries=0):
+            return list(self.client.map(run_member, list(specs.values()), key=list(specs), pure=False,
+                                        priority=100))  # fmt: skip
+
+    def _notice_loss(self, event: Event) -> None:
+        if isinstance(event, Lost):
+            self._lost.set()
+
+    async def _run_members(self, workers: tuple[str, ...]) -> list[Any]:
+        futures = self._submit(workers)
+        results = asyncio.ensure_future(self.client.gather(futures, asynchronous=True))
+        lost = asyncio.ensure_future(self._lost.wait())
+        try:
+            await asyncio.wait({results, lost}, return_when=asyncio.FIRST_COMPLETED)
+            if results.done() and not results.cancelled() and results.exception() is None:
+                return list(results.result())
+            error = await self._root_cause(results, futures, workers)
+            raise error from error.__cause__
+        finally:
+            for task in (results, lost):
+                task.cancel()
+            await asyncio.gather(results, lost, return_exceptions=True)
+            for future in futures:
+                future.release()
+
+    async def _root_cause(
+        self, results: asyncio.Future[Any], futures: Sequence[Future], workers: tuple[str, ...]
+    ) -> BaseException:
+        """Wait until all members have ended, then tell which failure came first and was no echo."""
+        raised = results.exception() if results.done() and not results.cancelled() else None
+        timeout = config.seconds("stop-timeout", self.plan.stop_timeout)
+        try:
+            settled = await turns.ask(
+                self.client, "settle", gang=self.id, reason="a member failed", timeout=timeout
+            )
+        except OSError as gone:
+            return MemberLost(f"{self.plan.label}: the scheduler was lost: {gone}")
+        if settled["live"]:
+            stuck = ", ".join(f"{rank} on {workers[rank]}" for rank in settled["live"])
+            logger.warning("[gang %s] still running after %g s: member %s", self.id, timeout, stuck)
+        outcomes = [(rank, outcome) for rank, outcome in settled["outcomes"] if outcome != "finished"]
+        for wanted in (("failed", "lost", "finished, then lost"), ("collateral",)):
+            for rank, outcome in outcomes:
+                if outcome in wanted:
+                    return await self._describe(rank, outcome, futures, workers)
+        return self._unplaced(raised)
+
+    async def _describe(
+        self, rank: int, outcome: str, futures: Sequence[Future], workers: tuple[str, ...]
+    ) -> BaseException:
+        worker, label = workers[rank], self.plan.label
+        where = (rank, worker, host_of(worker))
+        if "lost" in outcome:
+            when = "after it had finished" if outcome.startswith("finished") else "while it ran"
+            return MemberLost(
+                f"{label}: member {rank} was lost {when}: its worker {worker} died or left the cluster. "
+                "The worker's (or its nanny's) log says why.",
+                *where,
+            )
+        original = await self._exception_of(futures[rank])
+        if isinstance(original, BridgeError) and not isinstance(original, MemberStopped):
+            return original
+        failed = MemberFailed(
+            f"{label}: member {rank} on {worker} raised {type(original).__name__}: {original}", *where
+        )
+        failed.__cause__ = original
+        return failed
+
+    async def _exception_of(self, future: Future) -> BaseException | None:
+        """The exception of a member's task, which arrives right after its farewell to the arbiter."""
+        try:
+            error: BaseException | None = await asyncio.wait_for(future.exception(), 10)
+            traceback = await future.traceback()
+        except (asyncio.TimeoutError, asyncio.CancelledError):
+            return None
+        return error.with_traceback(traceback) if error is not None else None
+
+    def _unplaced(self, raised: BaseException | None) -> BaseException:
+        """No member took its place: the tasks themselves could not be run."""
+        if isinstance(raised, BridgeError):
+            return raised
+        failed = MemberFailed(
+            f"{self.plan.label}: no member could start"
+            + (f": {type(raised).__name__}: {raised}" if raised is not None else "")
+        )
+        failed.__cause__ = raised
+        return failed

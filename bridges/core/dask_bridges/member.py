@@ -1,0 +1,289 @@
+"""One member of a gang, as it lives inside a Dask worker.
+
+`run_member` is the body of the member's Dask task. Its first act is to present
+the member's token to the arbiter; a refused one ends it before it has touched
+anything. Then all members wait for each other, and only then does the adapter's
+function run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from distributed import Worker, get_worker, secede
+from distributed.comm import get_address_host
+from distributed.core import Status
+from distributed.utils import sync
+
+from dask_bridges import arbiter, turns
+from dask_bridges.errors import GangTimeout, MemberFailed, MemberStopped, StaleMember
+from dask_bridges.events import (
+    Event,
+    Failed,
+    Finished,
+    Log,
+    Metrics,
+    Progress,
+    Span,
+    Started,
+    topic_of,
+)
+
+__all__ = ["Member", "MemberSpec", "run_member"]
+
+logger = logging.getLogger(__name__)
+EventT = TypeVar("EventT", bound=Event)
+
+
+def never_collateral(error: BaseException) -> bool:
+    """The default of `MemberSpec.collateral`: every failure may be the cause."""
+    return False
+
+
+@dataclass(frozen=True)
+class MemberSpec:
+    """All a member is told.
+
+    Attributes
+    ----------
+    gang : str
+        Id of the gang; with `attempt` and `rank` it is the member's token.
+    attempt : int
+        Which attempt of the gang, from 1.
+    rank : int
+        0 to world size - 1.
+    workers : tuple of str
+        Addresses of the gang's workers, by rank.
+    label : str
+        What people call the gang, in messages.
+    function : callable
+        ``function(member, payload)``, module-level; its return value is the member's result.
+    payload : object
+        This member's part of the work.
+    collateral : callable
+        Says of an exception whether a peer's failure is its likely reason
+        (a broken collective), so that the root cause is found among all.
+    start_timeout : float
+        Seconds to wait for the peers to start.
+    """
+
+    gang: str
+    attempt: int
+    rank: int
+    workers: tuple[str, ...]
+    label: str
+    function: Callable[[Member, Any], Any]
+    payload: Any
+    collateral: Callable[[BaseException], bool] = never_collateral
+    start_timeout: float = 300.0
+
+
+class Member:
+    """What the adapter's function gets to work with.
+
+    Attributes
+    ----------
+    rank, world_size, attempt : int
+    gang, label : str
+    worker : distributed.Worker
+        The Dask worker that hosts the member.
+    host : str
+        The host by which the other workers reach this one.
+    """
+
+    def __init__(self, spec: MemberSpec, worker: Worker) -> None:
+        self.spec = spec
+        self.gang = spec.gang
+        self.label = spec.label
+        self.attempt = spec.attempt
+        self.rank = spec.rank
+        self.world_size = len(spec.workers)
+        self.worker = worker
+        self.host: str = host_of(worker.address)
+        self._step = 0
+        self._stop_reason: str | None = None
+        self._on_stop: list[Callable[[], Any]] = []
+        self._lock = threading.Lock()
+
+    # Talking
+
+    def emit(self, kind: type[EventT], /, **fields: Any) -> None:
+        """Send an event to whoever listens to the gang."""
+        event = kind(gang=self.gang, attempt=self.attempt, rank=self.rank, **fields)
+        self.worker.log_event(topic_of(self.gang), event.to_message())
+
+    def progress(self, done: int, total: int = 0, unit: str = "round") -> None:
+        """Say that `done` of `total` are over."""
+        self.emit(Progress, done=done, total=total, unit=unit)
+
+    def metrics(self, step: int, values: dict[str, float]) -> None:
+        """Publish metric values after step `step`."""
+        self.emit(Metrics, step=step, values={name: float(value) for name, value in values.items()})
+
+    def log(self, text: str, level: int = logging.INFO) -> None:
+        """Write a line to the worker's log and to the gang's events, with gang id and rank."""
+        logger.log(level, "[gang %s rank %d] %s", self.gang, self.rank, text)
+        self.emit(Log, text=text, level=level)
+
+    @contextlib.contextmanager
+    def span(self, kind: str) -> Iterator[None]:
+        """Measure what happens inside as time spent on `kind`."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.emit(Span, kind=kind, seconds=time.perf_counter() - start)
+
+    # Peers
+
+    def ask(self, method: str, **request: Any) -> dict[str, Any]:
+        """Ask the arbiter on the scheduler, with this member's token."""
+        token = {"gang": self.gang, "attempt": self.attempt, "rank": self.rank}
+        answer: dict[str, Any] = sync(
+            self.worker.loop, turns.ask, self.worker, method=method, **token, **request
+        )
+        return answer
+
+    def exchange(self, payload: Any = None, timeout: float | None = None) -> list[Any]:
+        """All-gather `payload` (small, plain data) from every member; also a barrier.
+
+        Returns
+        -------
+        list
+            The payloads of all members, by rank.
+
+        Raises
+        ------
+        MemberStopped
+            If the gang ends meanwhile.
+        GangTimeout
+            If a peer has not called within `timeout` seconds (the start timeout).
+        """
+        deadline = self.spec.start_timeout if timeout is None else timeout
+        self._step += 1
+        answer = self.ask("exchange", step=self._step, payload=payload, timeout=deadline)
+        if "payloads" in answer:
+            return list(answer["payloads"])
+        if answer["ended"]:
+            raise MemberStopped(answer["ended"])
+        who = ", ".join(f"{rank} on {self.spec.workers[rank]}" for rank in answer["missing"])
+        raise GangTimeout(
+            f"{self.label}: {len(answer['missing'])} of {self.world_size} members had not started after "
+            f"{deadline:g} s: member {who}. Are all threads of these workers busy with long tasks? "
+            "Raise dask-bridges.start-timeout, or wait until they are free."
+        )
+
+    # Stopping
+
+    @property
+    def stopping(self) -> str | None:
+        """Why the member is to end now; None while it may go on."""
+        if self._stop_reason is None and self.worker.status not in (Status.running, Status.paused):
+            self.stop(f"its worker is {self.worker.status.name}")
+        return self._stop_reason
+
+    def check(self) -> None:
+        """Raise `MemberStopped` if the member was asked to stop: call it between rounds."""
+        if reason := self.stopping:
+            raise MemberStopped(reason)
+
+    def on_stop(self, callback: Callable[[], Any]) -> None:
+        """Call `callback` once the member is asked to stop (at once if it was), from another thread."""
+        with self._lock:
+            if self._stop_reason is None:
+                self._on_stop.append(callback)
+                return
+        callback()
+
+    def stop(self, reason: str) -> None:
+        """Ask the member to end."""
+        with self._lock:
+            if self._stop_reason is not None:
+                return
+            self._stop_reason = reason
+            callbacks = list(self._on_stop)
+        for callback in callbacks:
+            threading.Thread(target=callback, name=f"stop-{self.gang}-{self.rank}", daemon=True).start()
+
+    def leave(self, outcome: str) -> None:
+        """Tell the arbiter that this member is done, ahead of the task's own result."""
+        message = {"op": arbiter.OPERATION, "gang": self.gang, "attempt": self.attempt,
+                   "rank": self.rank, "outcome": outcome}  # fmt: skip
+        self.worker.loop.add_callback(self.worker.batched_send, message)
+
+
+def host_of(address: str) -> str:
+    """The host in a worker's address, as the other workers use it; loopback for inproc."""
+    return "127.0.0.1" if address.startswith("inproc") else str(get_address_host(address))
+
+
+_members: dict[tuple[str, str, int], Member] = {}
+
+
+def _stop_members(worker: Worker, gang: str, reason: str) -> None:
+    """Stream handler on a worker: end its members of a gang."""
+    for (address, name, _), member in list(_members.items()):
+        if address == worker.address and name == gang:
+            member.stop(reason)
+
+
+@contextlib.contextmanager
+def _registered(member: Member) -> Iterator[None]:
+    """Let the scheduler's word to stop reach the member, while it lives."""
+    key = (member.worker.address, member.gang, member.rank)
+    member.worker.stream_handlers.setdefault(
+        arbiter.STOP, functools.partial(_stop_members, member.worker)
+    )
+    _members[key] = member
+    try:
+        yield
+    finally:
+        del _members[key]
+
+
+def run_member(spec: MemberSpec) -> Any:
+    """The Dask task of one member: present the token, wait for the peers, run, leave."""
+    worker = get_worker()
+    secede()
+    member = Member(spec, worker)
+    with _registered(member):
+        answer = member.ask("present", worker=worker.address)
+        if refused := answer.get("refused"):
+            raise StaleMember(f"{spec.label}: member {spec.rank} may not run here: {refused}")
+        return _run_accepted(member)
+
+
+def _run_accepted(member: Member) -> Any:
+    outcome = "failed"
+    try:
+        member.exchange()
+        member.emit(Started, worker=member.worker.address, host=member.host)
+        result = member.spec.function(member, member.spec.payload)
+        member.emit(Finished)
+        outcome = "finished"
+    except BaseException as error:
+        stopped = isinstance(error, MemberStopped) or member.stopping is not None
+        if stopped or member.spec.collateral(error):
+            outcome = "collateral"
+        member.emit(Failed, error=f"{type(error).__name__}: {error}"[:2000], cause=outcome == "failed")
+        if isinstance(error, Exception):
+            raise
+        raise _guarded(member, error) from None
+    finally:
+        member.leave(outcome)
+    return result
+
+
+def _guarded(member: Member, error: BaseException) -> MemberFailed:
+    """SystemExit must not leave the task: it would end the worker, and then the next, as Dask retries."""
+    text = f"{member.label}: member {member.rank} raised {type(error).__name__}({error})"
+    return MemberFailed(text, member.rank, member.worker.address, member.host)
+
+

@@ -1,0 +1,22 @@
+"""Collections to the parts each worker holds: aligned, read once, balanced, never gathered."""
+
+from dask_bridges.partitions.balance import assign
+from dask_bridges.partitions.blocks import Part, PartInfo, rows_of, size_of, take
+from dask_bridges.partitions.collections import align, is_array, is_frame
+from dask_bridges.partitions.load import Partitions, Prepared, load, prepare
+
+__all__ = [
+    "Part",
+    "PartInfo",
+    "Partitions",
+    "Prepared",
+    "align",
+    "assign",
+    "is_array",
+    "is_frame",
+    "load",
+    "prepare",
+    "rows_of",
+    "size_of",
+    "take",
+]

@@ -1,0 +1,67 @@
+"""Which worker takes which part: like numbers of rows each, moving as little as possible."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+__all__ = ["assign"]
+
+
+def assign(
+    rows: Sequence[int],
+    holders: Sequence[Iterable[str]],
+    workers: Sequence[str],
+    tolerance: float = 0.1,
+) -> list[str]:
+    """Give every part a worker.
+
+    A part stays where it is unless the fullest worker exceeds its share of the
+    rows by more than `tolerance` and a move makes that better.
+
+    Parameters
+    ----------
+    rows : sequence of int
+        Rows of each part.
+    holders : sequence of iterable of str
+        Workers that have each part in memory.
+    workers : sequence of str
+        Workers that may be used.
+    tolerance : float
+        How much more than the mean the fullest worker may hold.
+
+    Returns
+    -------
+    list of str
+        The worker of each part.
+
+    Examples
+    --------
+    >>> assign([10, 10, 10, 10], [["a"], ["a"], ["a"], ["a"]], ["a", "b"])
+    ['b', 'b', 'a', 'a']
+    """
+    load = dict.fromkeys(workers, 0)
+    chosen: list[str] = [""] * len(rows)
+    for part in sorted(range(len(rows)), key=lambda p: (-rows[p], p)):
+        here = [worker for worker in holders[part] if worker in load] or workers
+        chosen[part] = min(here, key=lambda worker: load[worker])
+        load[chosen[part]] += rows[part]
+    _even_out(rows, chosen, load, limit=(1 + tolerance) * sum(rows) / len(workers))
+    return chosen
+
+
+def _even_out(rows: Sequence[int], chosen: list[str], load: dict[str, int], limit: float) -> None:
+    """Move parts from the fullest worker to the emptiest while that lowers the fullest."""
+    while True:
+        fullest, emptiest = max(load, key=load.__getitem__), min(load, key=load.__getitem__)
+        gap = load[fullest] - load[emptiest]
+        if load[fullest] <= limit:
+            return
+        movable = [p for p, worker in enumerate(chosen) if worker == fullest and 0 < rows[p] < gap]
+        if not movable:
+            return
+        part = min(movable, key=lambda p: (abs(gap / 2 - rows[p]), p))
+        chosen[part] = emptiest
+        load[fullest] -= rows[part]
+        load[emptiest] += rows[part]
+
+

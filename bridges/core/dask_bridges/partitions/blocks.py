@@ -1,0 +1,93 @@
+"""What happens to partitions on the workers: packed together, described, taken from the store."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from dask.sizeof import sizeof
+from distributed import Worker
+
+from dask_bridges.errors import DataError
+
+__all__ = ["Inspect", "Part", "PartInfo", "describe", "pack", "rows_of", "size_of", "take"]
+
+#: The blocks of one partition, by the role of their collection ("X", "y", "weight").
+Part = dict[str, Any]
+#: An adapter's look at a part, on the worker that holds it: anything small.
+Inspect = Callable[[Part], Any]
+
+
+@dataclass(frozen=True)
+class PartInfo:
+    """What the client knows of a partition.
+
+    Attributes
+    ----------
+    rows : dict of str to int
+        Rows of each collection's block.
+    nbytes : int
+        Size of all blocks together, in bytes.
+    extra : object
+        What the adapter's inspect function found.
+    """
+
+    rows: dict[str, int]
+    nbytes: int
+    extra: Any = None
+
+
+def rows_of(block: Any) -> int:
+    """Number of rows of a block (numpy, scipy.sparse, pandas)."""
+    return int(block.shape[0]) if hasattr(block, "shape") else len(block)
+
+
+def size_of(block: Any) -> int:
+    """Bytes of a block; of a sparse one those of its values and indices."""
+    if hasattr(block, "indptr"):
+        return int(block.data.nbytes + block.indices.nbytes + block.indptr.nbytes)
+    return int(sizeof(block))
+
+
+def pack(roles: tuple[str, ...], *blocks: Any) -> Part:
+    """Bring the blocks of one partition together on one worker; nothing is copied."""
+    return dict(zip(roles, (_unwrapped(block) for block in blocks)))
+
+
+def _unwrapped(block: Any) -> Any:
+    """The block itself: an array's graph may hand it over in an object array of one."""
+    if isinstance(block, np.ndarray) and block.dtype == object and block.size == 1:
+        return block.item() if hasattr(block.item(), "shape") else block
+    return block
+
+
+def describe(part: Part, inspect: Inspect | None) -> PartInfo:
+    """Rows, size and whatever `inspect` finds."""
+    rows = {role: rows_of(block) for role, block in part.items()}
+    extra = inspect(part) if inspect is not None and len(set(rows.values())) == 1 else None
+    return PartInfo(rows, sum(size_of(block) for block in part.values()), extra)
+
+
+def same(part: Part) -> Part:
+    """A task that only moves a part: run on the worker where it is wanted."""
+    return part
+
+
+def take(worker: Worker, key: Any) -> Part:
+    """The part of `key` from the worker's own store, read back from disk if it was spilled.
+
+    Raises
+    ------
+    DataError
+        If it is not there any more.
+    """
+    try:
+        part: Part = worker.data[key]
+    except KeyError:
+        raise DataError(
+            f"partition {key} is no longer on worker {worker.address}: was the cluster rebalanced "
+            "or the worker retired during the training? Train again."
+        ) from None
+    return part

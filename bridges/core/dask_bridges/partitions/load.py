@@ -1,0 +1,255 @@
+"""Persist the collections of one call in one graph, look at every partition, spread them by rows."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import dask
+from dask.core import flatten
+from distributed import Client, Future
+
+from dask_bridges import config
+from dask_bridges.errors import DataError
+from dask_bridges.partitions.balance import assign
+from dask_bridges.partitions.blocks import Inspect, PartInfo, describe, pack, same
+from dask_bridges.partitions.collections import align, is_array, is_frame
+
+__all__ = ["Partitions", "Prepared", "load", "prepare"]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Aligned collections and the one graph that packs their partitions; nothing has run yet.
+
+    Attributes
+    ----------
+    aligned : dict
+        The collections, by role.
+    graph : dict
+        Low-level graph.
+    keys : list
+        Of the packed parts, by partition.
+    """
+
+    aligned: dict[str, Any]
+    graph: dict[Any, Any]
+    keys: list[Any]
+
+
+def prepare(client: Client, collections: Mapping[str, Any]) -> Prepared:
+    """Align the collections and build their graph, in the caller's thread.
+
+    Parameters
+    ----------
+    client : Client
+    collections : mapping of str to dask array or dataframe
+        By role; the first one leads in alignment.
+
+    Raises
+    ------
+    DataError
+        If the collections cannot be aligned.
+    """
+    # Optimising may compute a little metadata, which an asynchronous client cannot do for us here.
+    with dask.config.set(scheduler="synchronous") if client.asynchronous else contextlib.nullcontext():
+        aligned = align(collections)
+        return Prepared(aligned, *_packed_graph(aligned))
+
+
+@dataclass
+class Partitions:
+    """The partitions of one or more aligned collections, in the workers' memory.
+
+    Attributes
+    ----------
+    roles : tuple of str
+        Names of the collections, as in each part.
+    infos : list of PartInfo
+        What is known of each partition.
+    futures : list of Future
+        The parts; they stay on the workers as long as these are held.
+    workers : list of str
+        The worker of each part.
+    """
+
+    roles: tuple[str, ...]
+    infos: list[PartInfo]
+    futures: list[Future]
+    workers: list[str] = field(default_factory=list)
+
+    @property
+    def rows(self) -> list[int]:
+        """Rows of each part."""
+        return [info.rows[self.roles[0]] for info in self.infos]
+
+    def keys_on(self, worker: str) -> tuple[Any, ...]:
+        """Keys of the parts that hold rows on `worker`, in the order of the partitions."""
+        return tuple(
+            future.key
+            for future, where, rows in zip(self.futures, self.workers, self.rows)
+            if where == worker and rows
+        )
+
+    def rows_on(self, worker: str) -> int:
+        """Rows on `worker`."""
+        return sum(rows for where, rows in zip(self.workers, self.rows) if where == worker)
+
+    def nbytes_on(self, worker: str) -> int:
+        """Bytes of the parts on `worker`."""
+        return sum(info.nbytes for where, info in zip(self.workers, self.infos) if where == worker)
+
+    def holding(self) -> list[str]:
+        """Workers that hold rows, in the order of their first part: the ranks."""
+        return list(dict.fromkeys(w for w, rows in zip(self.workers, self.rows) if rows))
+
+    async def spread(self, client: Client, workers: Sequence[str]) -> None:
+        """See that every part is on one of `workers`, and that these hold like numbers of rows."""
+        where = await client.scheduler.who_has(keys=[future.key for future in self.futures])
+        holders = [where.get(future.key, ()) for future in self.futures]
+        tolerance = float(config.get("balance-tolerance"))
+        self.workers = assign(self.rows, holders, workers, tolerance)
+        moved: dict[int, Future] = {
+            part: client.submit(same, self.futures[part], workers=[target], pure=False,
+                                allow_other_workers=False, priority=50)
+            for part, target in enumerate(self.workers)
+            if target not in holders[part]
+        }  # fmt: skip
+        if moved:
+            await client.gather([client.submit(_touched, f, pure=False) for f in moved.values()])
+            for part, future in moved.items():
+                self.futures[part] = future
+
+
+def _touched(part: Any) -> None:
+    """Depend on a part, and bring nothing back."""
+
+
+async def load(
+    client: Client,
+    prepared: Prepared,
+    *,
+    inspect: Inspect | None = None,
+    workers: Iterable[str] | None = None,
+) -> Partitions:
+    """Compute the collections on the cluster, once, and describe every partition.
+
+    Parameters
+    ----------
+    client : Client
+    prepared : Prepared
+    inspect : callable, optional
+        ``inspect(part)`` runs where the part is; its result is in `PartInfo.extra`.
+    workers : iterable of str, optional
+        Addresses where the partitions may be computed.
+
+    Returns
+    -------
+    Partitions
+        Not yet spread.
+
+    Raises
+    ------
+    DataError
+        If a partition cannot be computed (named with its collection), or the rows
+        of the collections differ.
+    """
+    aligned, graph, keys = prepared.aligned, dict(prepared.graph), prepared.keys
+    name = "dask-bridges-describe-" + dask.base.tokenize(keys, inspect)
+    looks = [(name, index) for index in range(len(keys))]
+    graph.update({look: (describe, key, inspect) for look, key in zip(looks, keys)})
+    restriction = {} if workers is None else {"workers": list(workers), "allow_other_workers": False}
+    packed = client.get(graph, [list(keys), looks], sync=False, **restriction)
+    futures, infos = packed
+    try:
+        described = list(await client.gather(infos))
+    except Exception as error:
+        failed = next((i for i, future in enumerate(infos) if future.status == "error"), 0)
+        raise await _blame(client, aligned, failed, error) from error
+    _check_rows(tuple(aligned), described)
+    return Partitions(tuple(aligned), described, list(futures))
+
+
+def _packed_graph(aligned: Mapping[str, Any]) -> tuple[dict[Any, Any], list[Any]]:
+    """One graph in which task i brings the i-th blocks of all collections together.
+
+    Frames are optimised as one expression and arrays as one graph, so that what
+    they share is read once.
+    """
+    arrays = [role for role, collection in aligned.items() if is_array(collection)]
+    frames = [role for role, collection in aligned.items() if is_frame(collection)]
+    graph: dict[Any, Any] = {}
+    sources: list[list[Any]] = []
+    if frames:
+        together = _pack_frames(tuple(frames), [aligned[role] for role in frames])
+        graph.update(together.__dask_graph__())
+        sources.append(list(flatten(together.__dask_keys__())))
+    if arrays:
+        for array in dask.optimize(*(aligned[role] for role in arrays)):
+            graph.update(array.__dask_graph__())
+            sources.append(list(flatten(array.__dask_keys__())))
+    if not arrays:
+        return graph, sources[0]
+    name = "dask-bridges-pack-" + dask.base.tokenize(*aligned.values(), tuple(aligned))
+    keys = [(name, index) for index in range(len(sources[0]))]
+    for index, key in enumerate(keys):
+        graph[key] = (_join, tuple(aligned), bool(frames), tuple(arrays), *(keys_[index] for keys_ in sources))
+    return graph, keys
+
+
+def _pack_frames(roles: tuple[str, ...], frames: Sequence[Any]) -> Any:
+    import dask.dataframe as dd
+    import pandas as pd
+
+    packer = functools.partial(pack, roles)
+    meta = pd.Series([], dtype=object)
+    return dd.map_partitions(
+        packer, *frames, meta=meta, align_dataframes=False, enforce_metadata=False
+    ).optimize()
+
+
+def _join(order: tuple[str, ...], has_frames: bool, arrays: tuple[str, ...], *blocks: Any) -> dict[str, Any]:
+    """One part of the frames' part, if there is one, and the arrays' blocks, in the given order."""
+    part = dict(blocks[0]) if has_frames else {}
+    part.update(pack(arrays, *blocks[has_frames:]))
+    return {role: part[role] for role in order}
+
+
+def _check_rows(roles: tuple[str, ...], infos: Sequence[PartInfo]) -> None:
+    """Every partition must hold as many rows of each collection."""
+    lead = roles[0]
+    for other in roles[1:]:
+        bad = [index for index, info in enumerate(infos) if info.rows[lead] != info.rows[other]]
+        if bad:
+            total = {role: sum(info.rows[role] for info in infos) for role in (lead, other)}
+            first = infos[bad[0]].rows
+            raise DataError(
+                f"{lead} has {total[lead]} rows and {other} has {total[other]}; partition {bad[0]} holds "
+                f"{first[lead]} rows of {lead} and {first[other]} of {other}. They must match row for row: "
+                "give both the same partitions."
+            )
+
+
+async def _blame(
+    client: Client, aligned: Mapping[str, Any], index: int, error: BaseException
+) -> DataError:
+    """Name the collection whose partition failed: computed apart, only the guilty one fails."""
+    if isinstance(error, DataError):
+        return error
+    apart = {role: client.compute(_partition(c, index)) for role, c in aligned.items()}
+    outcomes = await asyncio.gather(*(future.exception() for future in apart.values()), return_exceptions=True)
+    guilty = [role for role, outcome in zip(apart, outcomes) if outcome is not None]
+    for future in apart.values():
+        future.release()
+    return DataError(
+        f"partition {index} of {' and '.join(guilty or aligned)} could not be computed: "
+        f"{type(error).__name__}: {error}"
+    )
+
+
+def _partition(collection: Any, index: int) -> Any:
+    return collection.partitions[index] if is_frame(collection) else collection.blocks[index]

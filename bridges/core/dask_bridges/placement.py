@@ -1,0 +1,172 @@
+"""Which workers a gang may use: alive, not paused, with the packages it needs."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import weakref
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import cloudpickle
+from dask.utils import format_bytes
+from distributed import Client
+
+from dask_bridges import config, probe
+from dask_bridges.errors import PlacementError
+
+__all__ = ["WorkerInfo", "check_packages", "refuse_plaintext", "usable_workers"]
+
+cloudpickle.register_pickle_by_value(probe)
+
+_probed: weakref.WeakKeyDictionary[Client, dict[tuple[str, str], dict[str, Any]]] = (
+    weakref.WeakKeyDictionary()
+)
+
+
+@dataclass(frozen=True)
+class WorkerInfo:
+    """What the scheduler knows of a worker; memory in bytes, 0 where it has no limit."""
+
+    address: str
+    name: str
+    host: str
+    status: str
+    nthreads: int
+    memory: int
+    memory_limit: int
+
+    def describe(self) -> str:
+        """One line for an error message."""
+        limit = format_bytes(self.memory_limit) if self.memory_limit else "no limit"
+        return f"{self.address} ({self.status}): {format_bytes(self.memory)} of {limit}"
+
+
+async def _workers(client: Client) -> list[WorkerInfo]:
+    identity = await client.scheduler.identity(n_workers=-1)
+    return [
+        WorkerInfo(
+            address=address,
+            name=str(info.get("name", address)),
+            host=info["host"],
+            status=info.get("status", "running"),
+            nthreads=info["nthreads"],
+            memory=int(info.get("metrics", {}).get("memory", 0)),
+            memory_limit=int(info.get("memory_limit") or 0),
+        )
+        for address, info in identity["workers"].items()
+    ]
+
+
+async def usable_workers(
+    client: Client, workers: str | Iterable[str] | None = None, timeout: float | None = None
+) -> list[WorkerInfo]:
+    """The workers a gang may be placed on; waits for the first one.
+
+    Parameters
+    ----------
+    client : Client
+    workers : str or iterable of str, optional
+        Addresses or names to choose from; all by default.
+    timeout : float, optional
+        Seconds to wait for a first worker (``dask-bridges.timeout``).
+
+    Raises
+    ------
+    PlacementError
+        If there is none, if a named one is not there, or if all are paused.
+    """
+    await _first_worker(client, config.seconds("timeout", timeout))
+    there = await _workers(client)
+    chosen = _choose(there, workers)
+    running = [worker for worker in chosen if worker.status == "running"]
+    if not running:
+        table = "\n  ".join(worker.describe() for worker in chosen)
+        raise PlacementError(
+            f"none of the {len(chosen)} workers is running, so no task starts there:\n  {table}\n"
+            "Paused workers have used up their memory: give them more, or free what they hold."
+        )
+    return running
+
+
+async def _first_worker(client: Client, timeout: float) -> None:
+    """Wait until the cluster has a worker, with a task of ours queued so that an adaptive one grows."""
+    if await _workers(client):
+        return
+    future = client.submit(int, pure=False)
+    try:
+        await asyncio.wait_for(client.gather(future), timeout)
+    except asyncio.TimeoutError:
+        raise PlacementError(
+            f"the cluster at {client.scheduler.address} has no workers, and none came within {timeout:g} s. "
+            "Start some (cluster.scale(2), or `dask worker ADDRESS`), or raise dask-bridges.timeout."
+        ) from None
+    finally:
+        future.release()
+
+
+def _choose(there: Sequence[WorkerInfo], workers: str | Iterable[str] | None) -> list[WorkerInfo]:
+    if workers is None:
+        return list(there)
+    wanted = [workers] if isinstance(workers, str) else [str(worker) for worker in workers]
+    by_name = {info.name: info for info in there} | {info.address: info for info in there}
+    missing = [name for name in wanted if name not in by_name]
+    if missing:
+        raise PlacementError(
+            f"workers={missing} are not in the cluster; there are "
+            + ", ".join(f"{info.address} (name {info.name})" for info in there)
+        )
+    return [by_name[name] for name in dict.fromkeys(wanted)]
+
+
+async def check_packages(
+    client: Client, workers: Sequence[str], packages: Sequence[str], remedy: str = ""
+) -> None:
+    """See that the workers have `packages`, in the client's versions. Each worker is asked once.
+
+    Raises
+    ------
+    PlacementError
+        Naming worker, package, and both versions.
+    """
+    known = _probed.setdefault(client, {})
+    new = [w for w in workers if any((w, package) not in known for package in packages)]
+    if new:
+        for worker, found in (await client.run(probe.look, tuple(packages), workers=new)).items():
+            for package in packages:
+                known[worker, package] = {**found[package], "python": found["python"]}
+    here = {package: getattr(importlib.import_module(package), "__version__", "") for package in packages}
+    for worker in workers:
+        for package in packages:
+            _check_one(worker, package, here[package], known[worker, package], remedy)
+
+
+def _check_one(worker: str, package: str, here: str, found: dict[str, Any], remedy: str) -> None:
+    if "error" in found:
+        raise PlacementError(
+            f"worker {worker} cannot import {package} ({found['error']}). "
+            f"Install it there, for {found['python']}{remedy}."
+        )
+    if found["version"] != here:
+        raise PlacementError(
+            f"{package} is {found['version']} on worker {worker} and {here} on the client: "
+            "install the same version in both places."
+        )
+
+
+def refuse_plaintext(client: Client, allow: bool | None, what: str) -> None:
+    """On a ``tls://`` cluster, ask for a word of consent before `what` is sent in the clear.
+
+    Raises
+    ------
+    PlacementError
+        If the cluster uses TLS and neither `allow` nor the configuration consents.
+    """
+    address = client.scheduler.address
+    if address.startswith("tls://") and not config.get("allow-plaintext", allow):
+        raise PlacementError(
+            f"the cluster at {address} is protected by TLS, and {what} is plain TCP between the workers. "
+            "If their network is private, pass allow_plaintext=True "
+            "(or set the Dask configuration dask-bridges.allow-plaintext: true)."
+        )

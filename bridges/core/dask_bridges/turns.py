@@ -1,0 +1,46 @@
+"""The client's and the members' side of the arbiter: registering it, asking it."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import cloudpickle
+from distributed import Client
+
+from dask_bridges import arbiter
+from dask_bridges.errors import PlacementError
+
+__all__ = ["ask", "register"]
+
+cloudpickle.register_pickle_by_value(arbiter)
+
+_registered: weakref.WeakKeyDictionary[Client, str] = weakref.WeakKeyDictionary()
+
+
+async def register(client: Client) -> None:
+    """Put the arbiter on the client's scheduler, once.
+
+    Raises
+    ------
+    PlacementError
+        If the scheduler takes no plugins.
+    """
+    scheduler = client.scheduler.address
+    if _registered.get(client) == scheduler:
+        return
+    try:
+        await client.register_plugin(arbiter.Arbiter(), name=arbiter.OPERATION)
+    except Exception as error:
+        raise PlacementError(
+            f"the scheduler at {scheduler} refused the plugin that gives gangs their turns "
+            f"({type(error).__name__}: {error}). Allow it with the Dask configuration "
+            "distributed.scheduler.pickle: true on the scheduler."
+        ) from error
+    _registered[client] = scheduler
+
+
+async def ask(server: Any, method: str, **request: Any) -> dict[str, Any]:
+    """Ask the arbiter through `server`, a client or a worker (both hold an rpc to the scheduler)."""
+    answer: dict[str, Any] = await getattr(server.scheduler, arbiter.OPERATION)(method=method, **request)
+    return answer

