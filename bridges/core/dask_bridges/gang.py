@@ -224,26 +224,37 @@ class Gang:
 
     async def _run_members(self, workers: tuple[str, ...]) -> list[Any]:
         futures = self._submit(workers)
-        results = asyncio.ensure_future(self.client.gather(futures, asynchronous=True))
+        ends = [asyncio.ensure_future(_end_of(future)) for future in futures]
         lost = asyncio.ensure_future(self._lost.wait())
+        finished = asyncio.ensure_future(asyncio.wait(ends, return_when=asyncio.FIRST_EXCEPTION))
         try:
-            await asyncio.wait({results, lost}, return_when=asyncio.FIRST_COMPLETED)
-            if results.done() and not results.cancelled() and results.exception() is None:
-                return list(results.result())
-            error = await self._root_cause(results, futures, workers)
+            await asyncio.wait({finished, lost}, return_when=asyncio.FIRST_COMPLETED)
+            if not lost.done() and not any(map(_error_of, ends)):
+                fetched = await self._fetch(futures, lost)
+                if fetched is not None:
+                    return fetched
+            error = await self._root_cause(next(filter(None, map(_error_of, ends)), None), futures, workers)
             raise error from error.__cause__
         finally:
-            for task in (results, lost):
+            for task in (*ends, lost, finished):
                 task.cancel()
-            await asyncio.gather(results, lost, return_exceptions=True)
+            await asyncio.gather(*ends, lost, finished, return_exceptions=True)
             for future in futures:
                 future.release()
 
+    async def _fetch(self, futures: Sequence[Future], lost: asyncio.Future[Any]) -> list[Any] | None:
+        """All results; None if a worker was lost before its result was here."""
+        results = asyncio.ensure_future(self.client.gather(list(futures), asynchronous=True))
+        try:
+            await asyncio.wait({results, lost}, return_when=asyncio.FIRST_COMPLETED)
+            return list(results.result()) if results.done() else None
+        finally:
+            results.cancel()
+            await asyncio.gather(results, return_exceptions=True)
     async def _root_cause(
-        self, results: asyncio.Future[Any], futures: Sequence[Future], workers: tuple[str, ...]
+        self, raised: BaseException | None, futures: Sequence[Future], workers: tuple[str, ...]
     ) -> BaseException:
         """Wait until all members have ended, then tell which failure came first and was no echo."""
-        raised = results.exception() if results.done() and not results.cancelled() else None
         timeout = config.seconds("stop-timeout", self.plan.stop_timeout)
         try:
             settled = await turns.ask(
@@ -301,3 +312,17 @@ class Gang:
         )
         failed.__cause__ = raised
         return failed
+
+
+async def _end_of(future: Future) -> None:
+    """Wait for a task's end and raise what it raised; nothing is fetched."""
+    error = await future.exception()
+    if error is not None:
+        raise error
+
+
+def _error_of(end: asyncio.Future[None]) -> BaseException | None:
+    """What an ended task raised, if it did."""
+    if not end.done():
+        return None
+    return asyncio.CancelledError("cancelled") if end.cancelled() else end.exception()

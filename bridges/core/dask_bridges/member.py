@@ -139,7 +139,11 @@ class Member:
         try:
             yield
         finally:
-            self.emit(Span, kind=kind, seconds=time.perf_counter() - start)
+            self.emit_span(kind, time.perf_counter() - start)
+
+    def emit_span(self, kind: str, seconds: float) -> None:
+        """Say that `seconds` went into `kind`: wait, receive, build, compute or communicate."""
+        self.emit(Span, kind=kind, seconds=seconds)
 
     # Peers
 

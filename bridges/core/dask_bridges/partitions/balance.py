@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 
 __all__ = ["assign"]
@@ -12,6 +13,8 @@ def assign(
     holders: Sequence[Iterable[str]],
     workers: Sequence[str],
     tolerance: float = 0.1,
+    *,
+    everywhere: bool = False,
 ) -> list[str]:
     """Give every part a worker.
 
@@ -28,6 +31,8 @@ def assign(
         Workers that may be used.
     tolerance : float
         How much more than the mean the fullest worker may hold.
+    everywhere : bool
+        Leave no worker without rows, where there are parts enough.
 
     Returns
     -------
@@ -46,7 +51,22 @@ def assign(
         chosen[part] = min(here, key=lambda worker: load[worker])
         load[chosen[part]] += rows[part]
     _even_out(rows, chosen, load, limit=(1 + tolerance) * sum(rows) / len(workers))
+    if everywhere:
+        _fill_empty(rows, chosen, load)
     return chosen
+
+
+def _fill_empty(rows: Sequence[int], chosen: list[str], load: dict[str, int]) -> None:
+    """Give every worker without rows the smallest part of a worker that has several."""
+    for empty in [worker for worker, held in load.items() if not held]:
+        filled = Counter(worker for part, worker in enumerate(chosen) if rows[part])
+        spare = [p for p, worker in enumerate(chosen) if rows[p] and filled[worker] > 1]
+        if not spare:
+            return
+        part = min(spare, key=lambda p: (rows[p], p))
+        load[chosen[part]] -= rows[part]
+        load[empty] += rows[part]
+        chosen[part] = empty
 
 
 def _even_out(rows: Sequence[int], chosen: list[str], load: dict[str, int], limit: float) -> None:

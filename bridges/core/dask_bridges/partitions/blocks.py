@@ -75,6 +75,14 @@ def same(part: Part) -> Part:
     return part
 
 
+def cut(part: Part, start: int, stop: int) -> Part:
+    """Rows `start` to `stop` of every block."""
+    return {
+        role: block.iloc[start:stop] if hasattr(block, "iloc") else block[start:stop]
+        for role, block in part.items()
+    }
+
+
 def take(worker: Worker, key: Any) -> Part:
     """The part of `key` from the worker's own store, read back from disk if it was spilled.
 

@@ -10,13 +10,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import dask
+from dask._task_spec import Task, TaskRef
 from dask.core import flatten
-from distributed import Client, Future
+from distributed import Client, Future, wait
 
 from dask_bridges import config
 from dask_bridges.errors import DataError
 from dask_bridges.partitions.balance import assign
-from dask_bridges.partitions.blocks import Inspect, PartInfo, describe, pack, same
+from dask_bridges.partitions.blocks import Inspect, PartInfo, cut, describe, pack, same
 from dask_bridges.partitions.collections import align, is_array, is_frame
 
 __all__ = ["Partitions", "Prepared", "load", "prepare"]
@@ -107,12 +108,34 @@ class Partitions:
         """Workers that hold rows, in the order of their first part: the ranks."""
         return list(dict.fromkeys(w for w, rows in zip(self.workers, self.rows) if rows))
 
-    async def spread(self, client: Client, workers: Sequence[str]) -> None:
-        """See that every part is on one of `workers`, and that these hold like numbers of rows."""
+    def filled(self) -> list[int]:
+        """Indices of the parts that hold rows."""
+        return [part for part, rows in enumerate(self.rows) if rows]
+
+    def split(self, client: Client, at_least: int) -> None:
+        """Cut the largest parts in two until `at_least` of them hold rows, where there are rows enough."""
+        while len(self.filled()) < at_least:
+            part = max(range(len(self.infos)), key=self.rows.__getitem__)
+            info, future, rows = self.infos[part], self.futures[part], self.rows[part]
+            if rows < 2:
+                return
+            bounds = [(0, rows // 2), (rows // 2, rows)]
+            self.futures[part : part + 1] = [client.submit(cut, future, *b, pure=False) for b in bounds]
+            self.infos[part : part + 1] = [
+                PartInfo(dict.fromkeys(info.rows, stop - start), info.nbytes * (stop - start) // rows, info.extra)
+                for start, stop in bounds
+            ]
+
+    async def spread(self, client: Client, workers: Sequence[str], *, everywhere: bool = False) -> None:
+        """See that every part is on one of `workers`, and that these hold like numbers of rows.
+
+        With `everywhere`, each worker gets rows if there are parts enough.
+        """
+        await wait(self.futures)
         where = await client.scheduler.who_has(keys=[future.key for future in self.futures])
         holders = [where.get(future.key, ()) for future in self.futures]
         tolerance = float(config.get("balance-tolerance"))
-        self.workers = assign(self.rows, holders, workers, tolerance)
+        self.workers = assign(self.rows, holders, workers, tolerance, everywhere=everywhere)
         moved: dict[int, Future] = {
             part: client.submit(same, self.futures[part], workers=[target], pure=False,
                                 allow_other_workers=False, priority=50)
@@ -161,7 +184,7 @@ async def load(
     aligned, graph, keys = prepared.aligned, dict(prepared.graph), prepared.keys
     name = "dask-bridges-describe-" + dask.base.tokenize(keys, inspect)
     looks = [(name, index) for index in range(len(keys))]
-    graph.update({look: (describe, key, inspect) for look, key in zip(looks, keys)})
+    graph.update({look: Task(look, describe, TaskRef(key), inspect) for look, key in zip(looks, keys)})
     restriction = {} if workers is None else {"workers": list(workers), "allow_other_workers": False}
     packed = client.get(graph, [list(keys), looks], sync=False, **restriction)
     futures, infos = packed
@@ -197,7 +220,9 @@ def _packed_graph(aligned: Mapping[str, Any]) -> tuple[dict[Any, Any], list[Any]
     name = "dask-bridges-pack-" + dask.base.tokenize(*aligned.values(), tuple(aligned))
     keys = [(name, index) for index in range(len(sources[0]))]
     for index, key in enumerate(keys):
-        graph[key] = (_join, tuple(aligned), bool(frames), tuple(arrays), *(keys_[index] for keys_ in sources))
+        # References, since a persisted block is no longer in the graph: the scheduler has it.
+        blocks = (TaskRef(source[index]) for source in sources)
+        graph[key] = Task(key, _join, tuple(aligned), bool(frames), tuple(arrays), *blocks)
     return graph, keys
 
 

@@ -25,13 +25,10 @@ __all__ = ["bridges"]
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 def bridges() -> None:
-    """Train XGBoost, TensorFlow and Keras on Dask clusters.
+    """Train machine-learning frameworks on Dask clusters.
 
-    The workers train together, on the partitions they already hold. To see it
-    at work on real data, on this machine and in about a minute:
-
-    \b
-        dask bridges demo
+    The workers train together, each on the partitions it holds. To see that at
+    work on real data, on this machine and in under a minute, run `dask bridges demo`.
     """
 
 
@@ -92,7 +89,7 @@ def demo(
     set that comes with the `demo` extra, trains on the workers with early
     stopping and a live progress bar, predicts on them what was held out, and
     prints how good the predictions are and how long each part took. It needs
-    no network and about a minute on two cores.
+    no network, and less than a minute on two cores.
     """
     if scheduler and workers:
         raise click.UsageError("--workers is for a cluster started here; leave it out with --scheduler.")
@@ -156,11 +153,15 @@ def _cluster(scheduler: str | None, workers: int | None) -> Iterator[Client]:
 def _describe(client: Client, *, started: bool) -> str:
     """One line on the cluster: its size, where it is, and its dashboard."""
     threads = list(client.nthreads().values())
-    workers = f"{len(threads)} worker{'s' if len(threads) != 1 else ''}"
-    each = f"{sum(threads)} thread{'s' if sum(threads) != 1 else ''} in all"
     where = "started on this machine" if started else f"at {client.scheduler.address}"
-    line = f"Cluster: {workers}, {each}, {where}"
+    line = f"Cluster: {_count(len(threads), 'worker')}, {_count(sum(threads), 'thread')} in all, {where}"
+    if not threads:
+        line = f"Cluster: no worker yet, waiting for the first, {where}"
     # Without bokeh the link leads to a page that only says so.
     if client.dashboard_link and (not started or find_spec("bokeh")):
         line += f"; dashboard {client.dashboard_link}"
     return line
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"

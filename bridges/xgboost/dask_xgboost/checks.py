@@ -1,0 +1,141 @@
+"""What is refused before anything starts, each with its remedy."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from dask_bridges.errors import DataError
+from dask_xgboost.blocks import BlockInfo
+
+__all__ = ["check_columns", "check_groups", "check_labels", "check_params"]
+
+_GLOBAL_ONLY = {
+    "booster": {"gblinear": "it updates one weight vector in place; use gbtree or dart"},
+    "tree_method": {
+        "exact": "it needs all rows in one process; use hist",
+        "approx": "the partitions are binned once, which is hist's way; use hist",
+    },
+    "objective": {"survival:cox": "its risk sets span all rows; use survival:aft"},
+}
+
+
+def check_params(params: Mapping[str, Any]) -> None:
+    """Refuse what cannot be trained by several workers.
+
+    Raises
+    ------
+    ValueError
+        Naming the parameter and what to use.
+    """
+    for name, refused in _GLOBAL_ONLY.items():
+        value = params.get(name)
+        if value in refused:
+            raise ValueError(f"{name}={value!r} cannot be trained on a cluster: {refused[value]}")
+    updaters = str(params.get("updater", "")).split(",")
+    for updater in ("shotgun", "coord_descent", "grow_colmaker"):
+        if updater in updaters:
+            raise ValueError(f"updater={updater!r} cannot be trained on a cluster; leave updater out")
+
+
+def check_columns(role: str, meta: Any) -> None:
+    """Refuse columns that XGBoost has no numbers for, by the dtypes Dask declares.
+
+    Raises
+    ------
+    DataError
+        Naming column, dtype and remedy.
+    """
+    import pandas as pd
+
+    for name, dtype in meta.dtypes.items():
+        if isinstance(dtype, pd.CategoricalDtype) or pd.api.types.is_bool_dtype(dtype):
+            continue
+        if pd.api.types.is_datetime64_any_dtype(dtype) or pd.api.types.is_timedelta64_dtype(dtype):
+            remedy = f"take numbers from it, such as frame[{name!r}].dt.dayofyear, or drop it"
+        elif pd.api.types.is_complex_dtype(dtype) or _is_nested(dtype):
+            remedy = "spread it over columns of numbers, or drop it"
+        elif pd.api.types.is_numeric_dtype(dtype):
+            continue
+        else:
+            remedy = f"convert it, frame.astype({{{name!r}: 'category'}}), or drop it"
+        raise DataError(f"column {name!r} of {role} has dtype {dtype}, which XGBoost cannot train on: {remedy}")
+
+
+def _is_nested(dtype: Any) -> bool:
+    import pandas as pd
+
+    if not isinstance(dtype, pd.ArrowDtype):
+        return False
+    import pyarrow as pa
+
+    return bool(pa.types.is_nested(dtype.pyarrow_dtype))
+
+
+#: objective prefix -> (test of one value range, what labels must be)
+_LABEL_RULES: Sequence[tuple[tuple[str, ...], Any, str]] = (
+    (("binary:", "reg:logistic"), lambda f: f.low >= 0 and f.high <= 1, "between 0 and 1"),
+    (("count:poisson", "reg:tweedie"), lambda f: f.low >= 0, "0 or more"),
+    (("reg:gamma",), lambda f: f.low > 0, "greater than 0"),
+    (("reg:squaredlogerror",), lambda f: f.low > -1, "greater than -1"),
+    (("rank:",), lambda f: f.low >= 0, "relevance degrees of 0 or more"),
+)
+
+
+def check_labels(role: str, params: Mapping[str, Any], infos: Sequence[BlockInfo]) -> None:
+    """Hold the labels of every partition against the objective.
+
+    Raises
+    ------
+    DataError
+        Naming the partition, what was found and what the objective takes.
+    """
+    objective = str(params.get("objective", "reg:squarederror"))
+    for index, info in enumerate(infos):
+        for name, found in info.fields.items():
+            where = f"partition {index} of {role}: {name}"
+            if found.bad and name != "base_margin" and not name.startswith("label_"):
+                raise DataError(f"{where} has {found.bad} missing or infinite values; drop those rows")
+            if name == "weight" and found.low < 0:
+                raise DataError(f"{where} goes down to {found.low:g}; weights are 0 or more")
+            if name == "label" and found.low <= found.high:
+                _check_label(where, objective, params, found)
+
+
+def _check_label(where: str, objective: str, params: Mapping[str, Any], found: Any) -> None:
+    seen = f"{where} holds values from {found.low:g} to {found.high:g}, but {objective} takes"
+    for prefixes, holds, text in _LABEL_RULES:
+        if objective.startswith(prefixes) and not holds(found):
+            raise DataError(f"{seen} labels {text}")
+    if objective.startswith("multi:"):
+        classes = params.get("num_class")
+        if classes is None:
+            raise DataError(f"{objective} needs num_class in params: the number of classes")
+        if not found.whole or found.low < 0 or found.high >= int(classes):
+            raise DataError(f"{seen} whole numbers from 0 to num_class - 1 = {int(classes) - 1}")
+
+
+def check_groups(role: str, infos: Sequence[BlockInfo]) -> None:
+    """Query groups must be whole: no group in two partitions.
+
+    Raises
+    ------
+    DataError
+        Naming a group and the partitions it lies in.
+    """
+    with_groups = [(index, info.groups) for index, info in enumerate(infos) if info.groups is not None]
+    if not with_groups:
+        return
+    groups = np.concatenate([found for _, found in with_groups])
+    owners = np.concatenate([np.full(len(found), index) for index, found in with_groups])
+    order = np.argsort(groups, kind="stable")
+    twice = np.flatnonzero(groups[order][1:] == groups[order][:-1])
+    if len(twice):
+        a, b = owners[order[twice[0]]], owners[order[twice[0] + 1]]
+        raise DataError(
+            f"query group {groups[order[twice[0]]]} of {role} lies in partitions {a} and {b}, and {len(twice)} "
+            "groups in all are cut like that; rankings need whole groups. For a dataframe, "
+            "frame.set_index('the qid column') puts each group into one partition."
+        )

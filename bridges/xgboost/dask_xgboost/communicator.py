@@ -1,0 +1,139 @@
+"""XGBoost's collective between the members of a gang, with its tracker in rank 0's worker."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import logging
+import socket
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+from xgboost import collective, core
+from xgboost.core import XGBoostError
+from xgboost.tracker import RabitTracker
+
+from dask_bridges.errors import PlacementError
+from dask_bridges.member import Member
+
+__all__ = ["capture_log", "communicator", "is_collective_error", "port_range"]
+
+
+def is_collective_error(error: BaseException) -> bool:
+    """Whether XGBoost raised because a peer was gone, so that the cause is elsewhere."""
+    return isinstance(error, XGBoostError) and (
+        "collective/" in str(error) or "all reduce" in str(error).lower()
+    )
+
+
+def port_range(port: int | str | tuple[int, int]) -> range:
+    """Ports to try, in order: of 9000, "9000", "9000:9010" (both included), or 0 for any.
+
+    >>> list(port_range("9000:9002"))
+    [9000, 9001, 9002]
+    """
+    first, _, last = str(port).partition(":") if not isinstance(port, tuple) else (port[0], "", port[1])
+    try:
+        ports = range(int(first), int(last or first) + 1)
+    except ValueError:
+        ports = range(0)
+    if not ports or ports[0] < 0 or ports[-1] > 65535:
+        raise ValueError(f'tracker_port={port!r}: pass a port, or a range such as "9000:9010"')
+    return ports
+
+
+@contextlib.contextmanager
+def capture_log(member: Member) -> Iterator[None]:
+    """Send what XGBoost prints from this thread to the member's log.
+
+    XGBoost keeps its log callback by thread, and its Python package sets one in
+    the main thread only; from others it writes to the worker's standard error.
+    """
+
+    @ctypes.CFUNCTYPE(None, ctypes.c_char_p)
+    def forward(message: bytes) -> None:
+        text = message.decode(errors="replace").strip()
+        member.log(text, logging.WARNING if "WARNING:" in text else logging.DEBUG)
+
+    core._check_call(core._LIB.XGBRegisterLogCallback(forward))
+    try:
+        yield
+    finally:
+        core._check_call(core._LIB.XGBRegisterLogCallback(_DROP))
+
+
+@ctypes.CFUNCTYPE(None, ctypes.c_char_p)
+def _DROP(message: bytes) -> None:  # noqa: N802 - a constant: the callback a thread is left with
+    """Keeps nothing: the thread ends with its member."""
+
+
+class _Tracker:
+    """A `RabitTracker` that is freed once, by whichever thread comes first."""
+
+    def __init__(self, world: int, host: str, ports: range) -> None:
+        self._lock = threading.Lock()
+        self._tracker = self._started(world, host, ports)
+        self.args: dict[str, Any] = self._tracker.worker_args()
+
+    @staticmethod
+    def _started(world: int, host: str, ports: range) -> RabitTracker:
+        reasons = []
+        for port in ports:
+            try:
+                tracker = RabitTracker(n_workers=world, host_ip=host, port=port, sortby="task")
+                tracker.start()
+                return tracker
+            except (XGBoostError, socket.gaierror) as error:
+                reasons.append(str(error).partition("\nStack trace")[0].strip())
+        where = f"port {ports[0]}" if len(ports) == 1 else f"ports {ports[0]} to {ports[-1]}"
+        raise PlacementError(
+            f"XGBoost's tracker could not listen on {host}, {where if ports[0] else 'any port'}: {reasons[-1]}. "
+            "Set tracker_host and tracker_port (or dask-bridges.xgboost.tracker-host and -port) to what is free "
+            "on the worker of rank 0."
+        )
+
+    def free(self) -> None:
+        """Release tracker and port; members that still wait for it fail at once."""
+        with self._lock:
+            tracker, self._tracker = self._tracker, None
+        if tracker is not None:
+            with contextlib.suppress(XGBoostError):  # raised for a group that never formed
+                tracker.free()
+
+
+@contextlib.contextmanager
+def communicator(member: Member, host: str | None, port: int | str | tuple[int, int]) -> Iterator[None]:
+    """Join the gang's collective; training inside it is distributed. A gang of one needs none.
+
+    Parameters
+    ----------
+    member : Member
+    host : str or None
+        Where the tracker listens; None for the address of rank 0's worker.
+    port : int, str or tuple
+        See `port_range`.
+    """
+    if member.world_size == 1:
+        yield
+        return
+    tracker = None
+    if member.rank == 0:
+        tracker = _Tracker(member.world_size, host or member.host, port_range(port))
+        member.on_stop(tracker.free)
+    try:
+        args = member.exchange(tracker.args if tracker else None)[0]
+        # Ranks follow the sorted task ids, so that XGBoost's rank is the gang's.
+        # One retry: the tracker listens already, and when it is gone, goodbyes to it should not take long.
+        collective.init(**args, dmlc_task_id=f"{member.rank:06d}", dmlc_retry=1)
+        try:
+            yield
+        except BaseException:
+            with contextlib.suppress(XGBoostError):  # not to hide the failure that brought us here
+                collective.finalize()
+            raise
+        collective.finalize()
+        member.exchange()  # the tracker serves until the last rank has said goodbye
+    finally:
+        if tracker is not None:
+            tracker.free()

@@ -1,0 +1,296 @@
+"""The data of a training, placed on the workers once and used as often as wanted."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from distributed import Client
+
+from dask_bridges import clients, partitions, placement
+from dask_bridges.errors import DataError
+from dask_xgboost import checks
+from dask_xgboost.blocks import FIELDS, BlockInfo, inspect
+
+__all__ = ["DMatrix", "MatrixOptions", "MatrixSpec"]
+
+PACKAGES = ("dask_bridges", "dask_xgboost", "xgboost")
+
+
+@dataclass(frozen=True)
+class MatrixOptions:
+    """What belongs to a matrix as a whole; see `DMatrix`."""
+
+    feature_weights: Any = None
+    feature_names: Sequence[str] | None = None
+    feature_types: Sequence[str] | None = None
+    missing: float = float("nan")
+    enable_categorical: bool = True
+
+
+@dataclass(frozen=True)
+class MatrixSpec:
+    """What one rank needs to build its part of a matrix.
+
+    Attributes
+    ----------
+    keys : tuple
+        Of the parts in the worker's store, in order.
+    columns : tuple of (str, str)
+        Fields that are columns of X.
+    categories : dict
+        The categories all partitions agree on, by column.
+    feature_names, feature_types : list of str or None
+    options : MatrixOptions
+    """
+
+    keys: tuple[Any, ...]
+    columns: tuple[tuple[str, str], ...]
+    categories: dict[str, Any]
+    feature_names: list[str] | None
+    feature_types: list[str] | None
+    options: MatrixOptions
+
+
+class DMatrix:
+    """A distributed matrix: features, labels and what else belongs to each row.
+
+    Built once, it can be trained on and evaluated on many times: its partitions
+    are computed, checked and spread over the workers when it is made, and stay
+    there as long as it lives.
+
+    Parameters
+    ----------
+    client : distributed.Client or None
+        None for the current one. With an asynchronous client, ``await`` the matrix.
+    X : dask array or dask dataframe
+        Shape (rows, features); chunks are numpy arrays or scipy.sparse CSR
+        matrices. Columns of a dataframe are numbers, booleans or categoricals.
+    y : dask array, series, or str, optional
+        The labels, or the column of `X` that holds them. The same as `label`.
+    label, weight, base_margin, qid, label_lower_bound, label_upper_bound : optional
+        As in `xgboost.DMatrix`: collections with as many rows as `X`, or names of
+        columns of `X`. A query group (`qid`) lies in one partition.
+    feature_weights : array_like, optional
+        One weight a feature, for column sampling.
+    feature_names, feature_types : sequence of str, optional
+        For arrays; a dataframe has its own.
+    missing : float, default nan
+        The value that stands for a missing one.
+    enable_categorical : bool, default True
+        Whether categorical columns are trained on as such.
+
+    Raises
+    ------
+    DataError
+        If the collections do not match, a partition cannot be computed, or a
+        column is of no use to XGBoost.
+    PlacementError
+        If there are no workers, or they lack XGBoost in the client's version.
+
+    Examples
+    --------
+    >>> import dask.array as da
+    >>> X, y = da.random.random((1000, 4), chunks=(250, 4)), da.ones(1000, chunks=250)
+    >>> dtrain = DMatrix(client, X, y)                       # doctest: +SKIP
+    >>> train(client, {}, dtrain, num_boost_round=5)         # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        client: Client | None,
+        X: Any,
+        y: Any = None,
+        *,
+        label: Any = None,
+        weight: Any = None,
+        base_margin: Any = None,
+        qid: Any = None,
+        label_lower_bound: Any = None,
+        label_upper_bound: Any = None,
+        feature_weights: Any = None,
+        feature_names: Sequence[str] | None = None,
+        feature_types: Sequence[str] | None = None,
+        missing: float = float("nan"),
+        enable_categorical: bool = True,
+    ) -> None:
+        client = clients.current(client)
+        values = (_label(y, label), weight, base_margin, qid, label_lower_bound, label_upper_bound)
+        options = MatrixOptions(feature_weights, feature_names, feature_types, missing, enable_categorical)
+        self._define(client, X, dict(zip(FIELDS, values)), options, role="X")
+        if not client.asynchronous:
+            clients.call(client, self.ready)
+
+    @classmethod
+    def unplaced(
+        cls, client: Client, X: Any, fields: dict[str, Any], options: MatrixOptions, role: str
+    ) -> DMatrix:
+        """A matrix that is checked and prepared, and computed when `ready` is awaited."""
+        matrix = cls.__new__(cls)
+        matrix._define(client, X, fields, options, role)
+        return matrix
+
+    def _define(
+        self, client: Client, X: Any, fields: dict[str, Any], options: MatrixOptions, role: str
+    ) -> None:
+        self.client, self.source, self.role, self.options = client, X, role, options
+        given = {name: value for name, value in fields.items() if value is not None}
+        self.columns = {name: value for name, value in given.items() if isinstance(value, str)}
+        for name, column in self.columns.items():
+            _check_column_name(X, role, name, column)
+        self.features = _features_meta(X, role, list(self.columns.values()))
+        if not {"label", "label_lower_bound"} & set(given):
+            raise DataError(
+                f"{role} has no labels: pass y (a collection, or the name of a column of the dataframe), "
+                "or label=, or label_lower_bound= and label_upper_bound="
+            )
+        self.feature_names, self.feature_types = self._name_features(options)
+        others = {name: value for name, value in given.items() if name not in self.columns}
+        self._prepared: partitions.Prepared | None = partitions.prepare(client, {"X": X, **others})
+        self._loaded: partitions.Partitions | None = None
+
+    def _name_features(self, options: MatrixOptions) -> tuple[list[str] | None, list[str] | None]:
+        if not partitions.is_frame(self.source):
+            names, types = options.feature_names, options.feature_types
+            return None if names is None else [str(name) for name in names], None if types is None else list(types)
+        checks.check_columns(self.role, self.features)
+        if not options.enable_categorical:
+            _refuse_categoricals(self.features)
+        return [str(name) for name in self.features.columns], None
+
+    @property
+    def num_features(self) -> int:
+        """Number of feature columns."""
+        return int(self.features.shape[1])
+
+    @property
+    def rows(self) -> int:
+        """Number of rows."""
+        return sum(self.parts.rows)
+
+    @property
+    def parts(self) -> partitions.Partitions:
+        """The partitions on the workers.
+
+        Raises
+        ------
+        RuntimeError
+            If the matrix is not awaited yet.
+        """
+        if self._loaded is None:
+            raise RuntimeError("this DMatrix is not ready: with an asynchronous client, await it first")
+        return self._loaded
+
+    @property
+    def infos(self) -> list[BlockInfo]:
+        """What is known of each partition."""
+        return [info.extra for info in self.parts.infos]
+
+    def __await__(self) -> Generator[Any, None, DMatrix]:
+        return self.ready().__await__()
+
+    async def ready(self, workers: Sequence[str] | None = None) -> DMatrix:
+        """Compute and check the partitions, unless that is done."""
+        if self._loaded is None and self._prepared is not None:
+            names = [info.address for info in await placement.usable_workers(self.client, workers)]
+            await placement.check_packages(self.client, names, PACKAGES, remedy=' ("dask-bridges[xgboost]")')
+            look = functools.partial(inspect, columns=tuple(self.columns.items()))
+            self._loaded = await partitions.load(
+                self.client, self._prepared, inspect=look, workers=workers and names
+            )
+            self._prepared = None
+            self._check()
+        return self
+
+    def _check(self) -> None:
+        if not self.rows:
+            raise DataError(f"{self.role} has no rows in any of its {len(self.parts.rows)} partitions")
+        wanted = list(self.features.columns) if partitions.is_frame(self.source) else [self.num_features]
+        for index, info in enumerate(self.infos):
+            if list(info.columns) != wanted:
+                raise DataError(f"partition {index} of {self.role} has columns {list(info.columns)}, not {wanted}")
+        checks.check_groups(self.role, self.infos)
+
+    def categories(self) -> dict[str, Any]:
+        """The categories of each categorical column, over all partitions.
+
+        Partitions that agree keep their order; else the union is sorted, where it can be.
+        """
+        union: dict[str, Any] = {}
+        for info in self.infos:
+            for name, found in info.categories.items():
+                known = union.get(name)
+                union[name] = found if known is None or known.equals(found) else known.union(found)
+        return union
+
+    async def place_like(self, ranks: Sequence[str], *, everywhere: bool) -> None:
+        """Bring the partitions to the workers of a training; `everywhere` sees that each has rows.
+
+        XGBoost cannot evaluate categorical columns on a rank that has none.
+        """
+        if everywhere and self.rows < len(ranks):
+            raise DataError(
+                f"{self.role} has {self.rows} rows for {len(ranks)} workers; with categorical columns each worker "
+                "needs one: use more rows, or fewer workers (workers=[...])"
+            )
+        if everywhere:
+            if "qid" in (*self.columns, *self.parts.roles) and len(self.parts.filled()) < len(ranks):
+                raise DataError(
+                    f"{self.role} has rows in {len(self.parts.filled())} partitions for {len(ranks)} workers; with "
+                    "categorical columns and query groups, use at least one partition a worker"
+                )
+            self.parts.split(self.client, len(ranks))
+        await self.parts.spread(self.client, ranks, everywhere=everywhere)
+
+    def spec(self, worker: str, categories: dict[str, Any]) -> MatrixSpec:
+        """What the rank on `worker` needs."""
+        return MatrixSpec(
+            keys=self.parts.keys_on(worker),
+            columns=tuple(self.columns.items()),
+            categories=categories,
+            feature_names=self.feature_names,
+            feature_types=self.feature_types,
+            options=self.options,
+        )
+
+
+def _label(y: Any, label: Any) -> Any:
+    if isinstance(y, (int, np.integer)) and not isinstance(y, bool):
+        raise DataError(f"y={y!r} is a number, not labels; for the number of rounds pass num_boost_round={y!r}")
+    if y is not None and label is not None:
+        raise DataError("y and label are the same thing: pass one of them")
+    return label if y is None else y
+
+
+def _check_column_name(X: Any, role: str, name: str, column: str) -> None:
+    if not hasattr(X, "columns"):
+        raise DataError(
+            f"{name}={column!r} names a column, but {role} is not a dataframe: pass the values as a collection"
+        )
+    if column not in list(X.columns):
+        raise DataError(f"{name}={column!r} is not a column of {role}; it has {list(X.columns)}")
+
+
+def _features_meta(X: Any, role: str, fields: list[str]) -> Any:
+    """An empty frame with the feature columns, or the array itself."""
+    if partitions.is_frame(X):
+        if not hasattr(X, "columns") or X.ndim != 2:
+            raise DataError(f"{role} is a series; for a single feature pass {role}.to_frame()")
+        return X._meta.drop(columns=list(dict.fromkeys(fields)))
+    if partitions.is_array(X) and X.ndim != 2:
+        raise DataError(f"{role} has {X.ndim} dimensions; rows and features, so two, are wanted")
+    if not partitions.is_array(X):
+        raise DataError(
+            f"{role} is a {type(X).__module__.split('.')[0]} {type(X).__name__}, not a Dask collection: make it one "
+            "with dask.array.from_array or dask.dataframe.from_pandas"
+        )
+    return X
+
+
+def _refuse_categoricals(meta: Any) -> None:
+    names = [name for name, dtype in meta.dtypes.items() if str(dtype) == "category"]
+    if names:
+        raise DataError(f"columns {names} are categorical and enable_categorical is False; encode them, or allow it")

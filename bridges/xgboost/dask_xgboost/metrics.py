@@ -1,0 +1,157 @@
+"""Metric values of all rows, where XGBoost would average over shards.
+
+XGBoost reduces most metrics as sums, which is exact. ``auc`` and ``aucpr`` it
+averages over workers, and custom metrics too, unweighted. Here the area metrics
+are computed from the scores of all ranks, and custom ones averaged by weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import xgboost as xgb
+from xgboost import collective
+
+__all__ = ["AREAS", "GlobalMetrics", "pr_auc", "roc_auc"]
+
+#: Built-in metrics computed here.
+AREAS = ("auc", "aucpr")
+
+#: Up to this many distinct scores over all ranks an area is exact; beyond, scores
+#: are rounded to 11 bits of mantissa (2**20 bins).
+EXACT_SCORES = 1 << 22
+
+Metric = Callable[[Any, xgb.DMatrix], Any]
+
+
+def roc_auc(tp: Any, fp: Any) -> float:
+    """Area under the ROC curve from weights per distinct score, scores falling; nan for one class only."""
+    positives, negatives = tp.sum(), fp.sum()
+    if positives <= 0 or negatives <= 0:
+        return float("nan")
+    above = np.cumsum(tp) - tp / 2
+    return float((above * fp).sum() / (positives * negatives))
+
+
+def pr_auc(tp: Any, fp: Any) -> float:
+    """Area under the precision-recall curve, interpolated as XGBoost does.
+
+    The interpolation is that of Davis and Goadrich (ICML 2006): between two
+    points, false positives grow linearly with true positives.
+    """
+    positives = tp.sum()
+    if positives <= 0 or fp.sum() <= 0:
+        return float("nan")
+    above_tp, above_fp = np.cumsum(tp) - tp, np.cumsum(fp) - fp
+    steps = tp > 0
+    slope = fp[steps] / tp[steps]
+    a = 1.0 + slope
+    b = (above_fp[steps] - slope * above_tp[steps]) / positives
+    low, high = above_tp[steps] / positives, (above_tp[steps] + tp[steps]) / positives
+    with np.errstate(divide="ignore", invalid="ignore"):
+        curved = (high - low - b / a * (np.log(a * high + b) - np.log(a * low + b))) / a
+    area = np.where(b == 0, (high - low) / a, curved)
+    return float(area.sum())
+
+
+def _all_gather(values: Any) -> Any:
+    """Arrays of all ranks, one after the other, through XGBoost's communicator."""
+    rank, world = collective.get_rank(), collective.get_world_size()
+    lengths = np.zeros(world, dtype="int64")
+    lengths[rank] = len(values)
+    lengths = collective.allreduce(lengths, collective.Op.SUM)
+    gathered = np.zeros(int(lengths.sum()), dtype=values.dtype)
+    start = int(lengths[:rank].sum())
+    gathered[start : start + len(values)] = values
+    return collective.allreduce(gathered, collective.Op.SUM)
+
+
+def _coarse(scores: Any) -> Any:
+    """Scores rounded towards zero to 11 bits of mantissa, in the same order."""
+    bits = np.asarray(scores, dtype="float32").view("int32")
+    return (bits & np.int32(-(1 << 12))).view("float32")
+
+
+def _merged(scores: Any, positive: Any, weight: Any) -> tuple[Any, Any]:
+    """The curve over all ranks: weights per distinct score, scores falling."""
+    local, tp, fp = _curve_of(np.asarray(scores, dtype="float32"), positive * weight, (1 - positive) * weight)
+    total = collective.allreduce(np.array([len(local)], dtype="int64"), collective.Op.SUM)[0]
+    if total > EXACT_SCORES:
+        local, tp, fp = _curve_of(_coarse(local), tp, fp)
+    return _curve_of(_all_gather(local), _all_gather(tp), _all_gather(fp))[1:]
+
+
+def _curve_of(scores: Any, tp: Any, fp: Any) -> tuple[Any, Any, Any]:
+    """Distinct scores in falling order, and the weight of positives and negatives at each."""
+    distinct, index = np.unique(-scores, return_inverse=True)
+    size = len(distinct)
+    return -distinct, np.bincount(index, tp, size), np.bincount(index, fp, size)
+
+
+_AREA = {"auc": roc_auc, "aucpr": pr_auc}
+
+
+def area(name: str, predictions: Any, matrix: xgb.DMatrix) -> float:
+    """`name` over the rows of all ranks: binary, or one class against the rest weighted by prevalence."""
+    labels, weight = matrix.get_label(), matrix.get_weight()
+    weight = np.asarray(weight if weight.size else np.ones(len(labels)), dtype="float64")
+    if predictions.ndim == 1:
+        return _AREA[name](*_merged(predictions, labels, weight))
+    values, prevalence = [], []
+    for index in range(predictions.shape[1]):
+        tp, fp = _merged(predictions[:, index], (labels == index).astype("float64"), weight)
+        values.append(_AREA[name](tp, fp))
+        prevalence.append(tp.sum())
+    return float(np.average(values, weights=prevalence))
+
+
+class GlobalMetrics:
+    """The `custom_metric` given to XGBoost: areas over all rows, and the user's metric averaged by weight.
+
+    Attributes
+    ----------
+    exact : dict
+        (id of matrix, metric) -> value of this round; XGBoost itself rounds to six decimals.
+    """
+
+    def __init__(self, areas: Sequence[str], user: Metric | None) -> None:
+        self.areas = tuple(areas)
+        self.user = user
+        self.exact: dict[tuple[int, str], float] = {}
+        self._roots: dict[int, tuple[int, list[str]]] = {}
+
+    def __call__(self, predictions: Any, matrix: xgb.DMatrix) -> list[tuple[str, float]]:
+        """Values of all metrics, the same on every rank."""
+        values = [(name, area(name, predictions, matrix)) for name in self.areas]
+        if self.user is not None:
+            values += self._average(predictions, matrix)
+        self.exact.update({(id(matrix), name): value for name, value in values})
+        return values
+
+    def _average(self, predictions: Any, matrix: xgb.DMatrix) -> list[tuple[str, float]]:
+        """The user's metric, by weight (or rows). A rank without rows is not asked."""
+        assert self.user is not None
+        found: list[tuple[str, float]] = []
+        if matrix.num_row():
+            given = self.user(predictions, matrix)
+            found = list(given) if isinstance(given, list) else [given]
+        names = self._names(matrix, [name for name, _ in found])
+        weight = matrix.get_weight()
+        total = float(weight.sum()) if weight.size else float(matrix.num_row())
+        sums = np.zeros(len(names) + 1)
+        sums[-1] = total
+        if found:
+            sums[:-1] = np.array([value for _, value in found], dtype="float64") * total
+        sums = collective.allreduce(sums, collective.Op.SUM)
+        return [(name, float(value / sums[-1])) for name, value in zip(names, sums[:-1])]
+
+    def _names(self, matrix: xgb.DMatrix, found: list[str]) -> list[str]:
+        """What the metrics are called, told by the first rank that has rows."""
+        if id(matrix) not in self._roots:
+            world, rank = collective.get_world_size(), collective.get_rank()
+            first = np.array([rank if matrix.num_row() else world], dtype="int64")
+            root = int(collective.allreduce(first, collective.Op.MIN)[0])
+            self._roots[id(matrix)] = (root, list(collective.broadcast(found, root)))
+        return self._roots[id(matrix)][1]

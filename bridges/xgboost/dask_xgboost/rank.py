@@ -1,0 +1,166 @@
+"""What one member does: build its matrices, train with its peers, report."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import xgboost as xgb
+
+from dask_bridges.member import Member
+from dask_xgboost.communicator import capture_log, communicator
+from dask_xgboost.dmatrix import MatrixSpec
+from dask_xgboost.matrices import build
+from dask_xgboost.metrics import AREAS, GlobalMetrics
+
+__all__ = ["TrainResult", "TrainSpec", "train_rank"]
+
+MAX_BIN = 256  # XGBoost's default
+
+
+@dataclass(frozen=True)
+class Loop:
+    """The part of a training that is the same on every rank: the keywords of `xgboost.train`."""
+
+    params: dict[str, Any]
+    num_boost_round: int
+    obj: Callable[..., Any] | None = None
+    custom_metric: Callable[..., Any] | None = None
+    early_stopping_rounds: int | None = None
+    maximize: bool | None = None
+    callbacks: Sequence[Any] = ()
+    xgb_model: bytes | None = None
+    tracker_host: str | None = None
+    tracker_port: int | str | tuple[int, int] = 0
+
+
+@dataclass(frozen=True)
+class TrainSpec:
+    """What one rank is told. An evaluation set of None is the training set itself."""
+
+    loop: Loop
+    train: MatrixSpec
+    evals: tuple[tuple[MatrixSpec | None, str], ...]
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What rank 0 brings back."""
+
+    booster: xgb.Booster
+    history: dict[str, Any]
+    callbacks: Sequence[Any]
+
+
+def train_rank(member: Member, spec: TrainSpec) -> TrainResult | None:
+    """Train one rank; rank 0 returns the result.
+
+    The communicator, the matrices and the training share this thread: XGBoost's
+    communicator is thread-local.
+    """
+    loop = spec.loop
+    with capture_log(member), communicator(member, loop.tracker_host, loop.tracker_port):
+        matrix, evals = _matrices(member, spec)
+        with member.span("compute"):
+            booster, history = _boost(member, loop, matrix, evals)
+    return TrainResult(booster, history, loop.callbacks) if member.rank == 0 else None
+
+
+def _matrices(member: Member, spec: TrainSpec) -> tuple[Any, list[tuple[Any, str]]]:
+    """Every rank builds every matrix: XGBoost agrees on cuts and categories between them."""
+    params = spec.loop.params
+    binning = {
+        "max_bin": int(params.get("max_bin", MAX_BIN)),
+        "nthread": int(params.get("nthread", 0)) or member.worker.state.nthreads,
+    }
+    matrix, prototype = build(member, spec.train, **binning)
+    evals = []
+    for matrix_spec, name in spec.evals:
+        if matrix_spec is None:
+            evals.append((matrix, name))
+        else:
+            evals.append((build(member, matrix_spec, **binning, ref=matrix, empty=prototype)[0], name))
+    return matrix, evals
+
+
+def _boost(
+    member: Member, loop: Loop, matrix: Any, evals: list[tuple[Any, str]]
+) -> tuple[xgb.Booster, dict[str, Any]]:
+    params = {"nthread": member.worker.state.nthreads, **loop.params}
+    wanted = metric_names(params)
+    areas: list[str] = []
+    if member.world_size > 1 and not matrix.get_uint_info("group_ptr").size:
+        areas = [name for name in wanted if name in AREAS]
+    custom = loop.custom_metric
+    if areas or (custom is not None and member.world_size > 1):
+        custom = GlobalMetrics(areas, custom)
+    history: dict[str, Any] = {}
+    booster = xgb.train(
+        _without(params, wanted, areas),
+        matrix,
+        loop.num_boost_round,
+        evals=evals,
+        obj=loop.obj,
+        custom_metric=custom,
+        early_stopping_rounds=loop.early_stopping_rounds,
+        maximize=loop.maximize,
+        callbacks=[_Report(member, loop.num_boost_round, wanted, evals, custom), *loop.callbacks],
+        evals_result=history,
+        verbose_eval=False,
+        xgb_model=None if loop.xgb_model is None else bytearray(loop.xgb_model),
+    )
+    if areas:
+        booster.set_param({"disable_default_eval_metric": params.get("disable_default_eval_metric", 0)})
+    plain = {name: {m: [float(v) for v in values] for m, values in log.items()} for name, log in history.items()}
+    return booster, plain
+
+
+def metric_names(params: dict[str, Any]) -> list[str]:
+    """The metrics of ``eval_metric``, in the user's order."""
+    given = params.get("eval_metric", [])
+    return [given] if isinstance(given, str) else [str(name) for name in given]
+
+
+def _without(params: dict[str, Any], wanted: list[str], areas: list[str]) -> dict[str, Any]:
+    """The parameters, less the metrics that `GlobalMetrics` computes."""
+    if not areas:
+        return params
+    left = [name for name in wanted if name not in areas]
+    changed = {**params, "eval_metric": left}
+    return changed if left else {**changed, "disable_default_eval_metric": 1}
+
+
+class _Report(xgb.callback.TrainingCallback):  # type: ignore[misc]
+    """Runs first after each round: puts the metrics in the user's order, and tells the client."""
+
+    def __init__(
+        self, member: Member, total: int, wanted: list[str], evals: list[tuple[Any, str]], custom: Any
+    ) -> None:
+        self.member = member
+        self.total = total
+        self.wanted = wanted
+        self.evals = evals
+        self.exact = custom.exact if isinstance(custom, GlobalMetrics) else {}
+
+    def before_iteration(self, model: Any, epoch: int, evals_log: Any) -> bool:
+        """Ranks that were asked to stop end here."""
+        self.member.check()
+        return False
+
+    def after_iteration(self, model: Any, epoch: int, evals_log: Any) -> bool:
+        """Early stopping looks at the last metric of the last set, so their order counts."""
+        for matrix, name in self.evals:
+            log = evals_log.get(name, {})
+            for metric in [*(m for m in self.wanted if m in log), *(m for m in log if m not in self.wanted)]:
+                log.move_to_end(metric)
+                if (id(matrix), metric) in self.exact:
+                    log[metric][-1] = self.exact[id(matrix), metric]
+        if self.member.rank == 0:
+            newest = {f"{name}-{m}": v[-1] for name, log in evals_log.items() for m, v in log.items()}
+            if newest:
+                self.member.metrics(epoch, newest)
+            self.member.progress(epoch + 1, self.total)
+        return False
+
+
