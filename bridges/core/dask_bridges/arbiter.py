@@ -73,7 +73,7 @@ class _Gang:
                 return False
             try:
                 await asyncio.wait_for(self.changed.wait(), left)
-            except asyncio.TimeoutError:
+            except TimeoutError:
                 return bool(predicate())
         return True
 
@@ -88,6 +88,7 @@ class Arbiter(SchedulerPlugin):  # type: ignore[misc]
         self.gangs: dict[str, _Gang] = {}  # in the order asked
 
     async def start(self, scheduler: Any) -> None:
+        """Answer on this scheduler."""
         self.scheduler = scheduler
         scheduler.handlers[OPERATION] = self.handle
         scheduler.stream_handlers[OPERATION] = self.leave
@@ -246,6 +247,7 @@ class Arbiter(SchedulerPlugin):  # type: ignore[misc]
         self.grant()
 
     def remove_client(self, scheduler: Any, client: str) -> None:
+        """A client is gone: its gangs end, and give back their places."""
         for gang in list(self.gangs.values()):
             if gang.client == client:
                 gang.released = True
@@ -253,15 +255,14 @@ class Arbiter(SchedulerPlugin):  # type: ignore[misc]
                 self._settled(gang)
 
     def remove_worker(self, scheduler: Any, worker: str, **kwargs: Any) -> None:
+        """A worker is gone: gangs with a member there end, and their clients hear of it."""
         for gang in list(self.gangs.values()):
             if worker in gang.workers and not gang.released:
                 rank = gang.workers.index(worker)
-                if rank in gang.ranks_done:  # its result may be lost, which the client must know
-                    outcome = f"{gang.ranks_done.pop(rank)}, then lost"
-                else:
-                    outcome = "lost"
+                # A finished member may be lost too, with its result.
+                before = gang.ranks_done.pop(rank, "")
                 gang.presented.add(rank)
-                gang.ranks_done[rank] = outcome
+                gang.ranks_done[rank] = f"{before}, then lost" if before else "lost"
                 event = {"event": "Lost", "gang": gang.gang, "attempt": gang.attempt, "rank": rank,
                          "time": time.time(), "worker": worker}  # fmt: skip
                 scheduler.log_event(gang.topic, event)

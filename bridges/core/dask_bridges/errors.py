@@ -35,7 +35,7 @@ class GangTimeout(BridgeError, TimeoutError):  # noqa: N818 - the name users mee
     """A deadline of the gang passed: waiting for a turn, or for all to start."""
 
 
-class _AtMember(BridgeError):
+class _AtMember(BridgeError):  # noqa: N818 - a base, never raised
     """An error that happened at one member of a gang.
 
     Attributes
@@ -58,11 +58,11 @@ class _AtMember(BridgeError):
         return type(self), (str(self), self.rank, self.worker, self.host)
 
 
-class MemberFailed(_AtMember):  # noqa: N818 - the name users meet
+class MemberFailed(_AtMember):
     """A member raised: user code or the framework. The original is ``__cause__``."""
 
 
-class MemberLost(_AtMember):  # noqa: N818 - the name users meet
+class MemberLost(_AtMember):
     """A member's process or worker died before the member was done."""
 
 

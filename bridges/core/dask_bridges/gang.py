@@ -153,9 +153,7 @@ class Gang:
         told = ""
         while True:
             left = timeout - (time.monotonic() - start)
-            answer = await turns.ask(
-                self.client, "acquire", wait=max(0.0, min(notice, left)), **request
-            )
+            answer = await turns.ask(self.client, "acquire", wait=max(0.0, min(notice, left)), **request)
             if "granted" in answer:
                 self._emit(Span, kind="wait", seconds=time.monotonic() - start)
                 return tuple(answer["granted"])
@@ -180,8 +178,7 @@ class Gang:
         if not ahead:
             return told or "no worker was free"
         who = "; ".join(
-            f"{'running' if a['running'] else 'queued'} {a['label']} (gang {a['gang']}) "
-            f"on {', '.join(a['workers'])}"
+            f"{'running' if a['running'] else 'queued'} {a['label']} (gang {a['gang']}) on {', '.join(a['workers'])}"
             for a in ahead
         )
         text = f"waits for {who}"
@@ -251,15 +248,14 @@ class Gang:
         finally:
             results.cancel()
             await asyncio.gather(results, return_exceptions=True)
+
     async def _root_cause(
         self, raised: BaseException | None, futures: Sequence[Future], workers: tuple[str, ...]
     ) -> BaseException:
         """Wait until all members have ended, then tell which failure came first and was no echo."""
         timeout = config.seconds("stop-timeout", self.plan.stop_timeout)
         try:
-            settled = await turns.ask(
-                self.client, "settle", gang=self.id, reason="a member failed", timeout=timeout
-            )
+            settled = await turns.ask(self.client, "settle", gang=self.id, reason="a member failed", timeout=timeout)
         except OSError as gone:
             return MemberLost(f"{self.plan.label}: the scheduler was lost: {gone}")
         if settled["live"]:
@@ -298,7 +294,7 @@ class Gang:
         try:
             error: BaseException | None = await asyncio.wait_for(future.exception(), 10)
             traceback = await future.traceback()
-        except (asyncio.TimeoutError, asyncio.CancelledError):
+        except (TimeoutError, asyncio.CancelledError):
             return None
         return error.with_traceback(traceback) if error is not None else None
 

@@ -150,9 +150,7 @@ class Member:
     def ask(self, method: str, **request: Any) -> dict[str, Any]:
         """Ask the arbiter on the scheduler, with this member's token."""
         token = {"gang": self.gang, "attempt": self.attempt, "rank": self.rank}
-        answer: dict[str, Any] = sync(
-            self.worker.loop, turns.ask, self.worker, method=method, **token, **request
-        )
+        answer: dict[str, Any] = sync(self.worker.loop, turns.ask, self.worker, method=method, **token, **request)
         return answer
 
     def exchange(self, payload: Any = None, timeout: float | None = None) -> list[Any]:
@@ -242,9 +240,7 @@ def _stop_members(worker: Worker, gang: str, reason: str) -> None:
 def _registered(member: Member) -> Iterator[None]:
     """Let the scheduler's word to stop reach the member, while it lives."""
     key = (member.worker.address, member.gang, member.rank)
-    member.worker.stream_handlers.setdefault(
-        arbiter.STOP, functools.partial(_stop_members, member.worker)
-    )
+    member.worker.stream_handlers.setdefault(arbiter.STOP, functools.partial(_stop_members, member.worker))
     _members[key] = member
     try:
         yield
@@ -289,5 +285,3 @@ def _guarded(member: Member, error: BaseException) -> MemberFailed:
     """SystemExit must not leave the task: it would end the worker, and then the next, as Dask retries."""
     text = f"{member.label}: member {member.rank} raised {type(error).__name__}({error})"
     return MemberFailed(text, member.rank, member.worker.address, member.host)
-
-

@@ -20,9 +20,7 @@ __all__ = ["WorkerInfo", "check_packages", "refuse_plaintext", "usable_workers"]
 
 cloudpickle.register_pickle_by_value(probe)
 
-_probed: weakref.WeakKeyDictionary[Client, dict[tuple[str, str], dict[str, Any]]] = (
-    weakref.WeakKeyDictionary()
-)
+_probed: weakref.WeakKeyDictionary[Client, dict[tuple[str, str], dict[str, Any]]] = weakref.WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -97,7 +95,7 @@ async def _first_worker(client: Client, timeout: float) -> None:
     future = client.submit(int, pure=False)
     try:
         await asyncio.wait_for(client.gather(future), timeout)
-    except asyncio.TimeoutError:
+    except TimeoutError:
         raise PlacementError(
             f"the cluster at {client.scheduler.address} has no workers, and none came within {timeout:g} s. "
             "Start some (cluster.scale(2), or `dask worker ADDRESS`), or raise dask-bridges.timeout."
@@ -120,9 +118,7 @@ def _choose(there: Sequence[WorkerInfo], workers: str | Iterable[str] | None) ->
     return [by_name[name] for name in dict.fromkeys(wanted)]
 
 
-async def check_packages(
-    client: Client, workers: Sequence[str], packages: Sequence[str], remedy: str = ""
-) -> None:
+async def check_packages(client: Client, workers: Sequence[str], packages: Sequence[str], remedy: str = "") -> None:
     """See that the workers have `packages`, in the client's versions. Each worker is asked once.
 
     Raises

@@ -10,21 +10,19 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
-from xgboost import collective, core
 from xgboost.core import XGBoostError
 from xgboost.tracker import RabitTracker
 
 from dask_bridges.errors import PlacementError
 from dask_bridges.member import Member
+from xgboost import collective, core
 
 __all__ = ["capture_log", "communicator", "is_collective_error", "port_range"]
 
 
 def is_collective_error(error: BaseException) -> bool:
     """Whether XGBoost raised because a peer was gone, so that the cause is elsewhere."""
-    return isinstance(error, XGBoostError) and (
-        "collective/" in str(error) or "all reduce" in str(error).lower()
-    )
+    return isinstance(error, XGBoostError) and ("collective/" in str(error) or "all reduce" in str(error).lower())
 
 
 def port_range(port: int | str | tuple[int, int]) -> range:
@@ -51,7 +49,7 @@ def capture_log(member: Member) -> Iterator[None]:
     the main thread only; from others it writes to the worker's standard error.
     """
 
-    @ctypes.CFUNCTYPE(None, ctypes.c_char_p)
+    @ctypes.CFUNCTYPE(None, ctypes.c_char_p)  # type: ignore[untyped-decorator]
     def forward(message: bytes) -> None:
         text = message.decode(errors="replace").strip()
         member.log(text, logging.WARNING if "WARNING:" in text else logging.DEBUG)
@@ -63,8 +61,8 @@ def capture_log(member: Member) -> Iterator[None]:
         core._check_call(core._LIB.XGBRegisterLogCallback(_DROP))
 
 
-@ctypes.CFUNCTYPE(None, ctypes.c_char_p)
-def _DROP(message: bytes) -> None:  # noqa: N802 - a constant: the callback a thread is left with
+@ctypes.CFUNCTYPE(None, ctypes.c_char_p)  # type: ignore[untyped-decorator]
+def _DROP(message: bytes) -> None:
     """Keeps nothing: the thread ends with its member."""
 
 

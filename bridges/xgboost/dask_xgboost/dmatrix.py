@@ -125,17 +125,13 @@ class DMatrix:
             clients.call(client, self.ready)
 
     @classmethod
-    def unplaced(
-        cls, client: Client, X: Any, fields: dict[str, Any], options: MatrixOptions, role: str
-    ) -> DMatrix:
+    def unplaced(cls, client: Client, X: Any, fields: dict[str, Any], options: MatrixOptions, role: str) -> DMatrix:
         """A matrix that is checked and prepared, and computed when `ready` is awaited."""
         matrix = cls.__new__(cls)
         matrix._define(client, X, fields, options, role)
         return matrix
 
-    def _define(
-        self, client: Client, X: Any, fields: dict[str, Any], options: MatrixOptions, role: str
-    ) -> None:
+    def _define(self, client: Client, X: Any, fields: dict[str, Any], options: MatrixOptions, role: str) -> None:
         self.client, self.source, self.role, self.options = client, X, role, options
         given = {name: value for name, value in fields.items() if value is not None}
         self.columns = {name: value for name, value in given.items() if isinstance(value, str)}
@@ -198,9 +194,7 @@ class DMatrix:
             names = [info.address for info in await placement.usable_workers(self.client, workers)]
             await placement.check_packages(self.client, names, PACKAGES, remedy=' ("dask-bridges[xgboost]")')
             look = functools.partial(inspect, columns=tuple(self.columns.items()))
-            self._loaded = await partitions.load(
-                self.client, self._prepared, inspect=look, workers=workers and names
-            )
+            self._loaded = await partitions.load(self.client, self._prepared, inspect=look, workers=workers and names)
             self._prepared = None
             self._check()
         return self

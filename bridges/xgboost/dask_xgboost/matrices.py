@@ -7,8 +7,8 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-import xgboost as xgb
 
+import xgboost as xgb
 from dask_bridges import partitions
 from dask_bridges.member import Member
 from dask_xgboost.blocks import as_array, recode, split
@@ -45,9 +45,7 @@ class _Blocks(xgb.DataIter):  # type: ignore[misc]
             X, fields = self.empty, {}
         self.seconds += time.perf_counter() - start
         self._position += 1
-        input_data(
-            data=X, feature_names=self.spec.feature_names, feature_types=self.spec.feature_types, **fields
-        )
+        input_data(data=X, feature_names=self.spec.feature_names, feature_types=self.spec.feature_types, **fields)
         return True
 
     def _block(self, key: Any) -> tuple[Any, dict[str, Any]]:

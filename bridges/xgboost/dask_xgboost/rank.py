@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import xgboost as xgb
-
 from dask_bridges.member import Member
 from dask_xgboost.communicator import capture_log, communicator
 from dask_xgboost.dmatrix import MatrixSpec
@@ -84,9 +83,7 @@ def _matrices(member: Member, spec: TrainSpec) -> tuple[Any, list[tuple[Any, str
     return matrix, evals
 
 
-def _boost(
-    member: Member, loop: Loop, matrix: Any, evals: list[tuple[Any, str]]
-) -> tuple[xgb.Booster, dict[str, Any]]:
+def _boost(member: Member, loop: Loop, matrix: Any, evals: list[tuple[Any, str]]) -> tuple[xgb.Booster, dict[str, Any]]:
     params = {"nthread": member.worker.state.nthreads, **loop.params}
     wanted = metric_names(params)
     areas: list[str] = []
@@ -162,5 +159,3 @@ class _Report(xgb.callback.TrainingCallback):  # type: ignore[misc]
                 self.member.metrics(epoch, newest)
             self.member.progress(epoch + 1, self.total)
         return False
-
-

@@ -8,10 +8,10 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import xgboost as xgb
 from dask.utils import format_bytes
 from distributed import Client
 
+import xgboost as xgb
 from dask_bridges import clients, config, placement
 from dask_bridges.errors import DataError
 from dask_bridges.gang import Gang, GangPlan
@@ -367,5 +367,3 @@ class _Training:
         for ours, theirs in zip(self.loop.callbacks, result.callbacks):
             vars(ours).update(vars(theirs))
         return result.booster
-
-

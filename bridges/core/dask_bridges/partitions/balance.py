@@ -83,5 +83,3 @@ def _even_out(rows: Sequence[int], chosen: list[str], load: dict[str, int], limi
         chosen[part] = emptiest
         load[fullest] -= rows[part]
         load[emptiest] += rows[part]
-
-

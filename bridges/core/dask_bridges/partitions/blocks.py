@@ -78,8 +78,7 @@ def same(part: Part) -> Part:
 def cut(part: Part, start: int, stop: int) -> Part:
     """Rows `start` to `stop` of every block."""
     return {
-        role: block.iloc[start:stop] if hasattr(block, "iloc") else block[start:stop]
-        for role, block in part.items()
+        role: block.iloc[start:stop] if hasattr(block, "iloc") else block[start:stop] for role, block in part.items()
     }
 
 

@@ -64,7 +64,7 @@ def _whole_rows(name: str, collection: Any) -> Any:
         )
     if collection.ndim == 0:
         raise DataError(f"{name} is a scalar; rows are needed")
-    return collection.rechunk({axis: -1 for axis in range(1, collection.ndim)})
+    return collection.rechunk(dict.fromkeys(range(1, collection.ndim), -1))
 
 
 def _length(collection: Any) -> float:
@@ -76,14 +76,12 @@ def _like(lead_name: str, lead: Any, name: str, other: Any) -> Any:
     """`other`, cut like `lead`."""
     n_lead, n_other = _length(lead), _length(other)
     if n_lead != n_other and not math.isnan(n_lead) and not math.isnan(n_other):
-        raise DataError(
-            f"{lead_name} has {n_lead:.0f} rows and {name} has {n_other:.0f}: they must match row for row"
-        )
+        raise DataError(f"{lead_name} has {n_lead:.0f} rows and {name} has {n_other:.0f}: they must match row for row")
     if is_array(lead) and is_array(other) and not math.isnan(n_lead + n_other):
         return other.rechunk({0: lead.chunks[0]})
-    if lead.npartitions != other.npartitions and is_frame(lead) and is_frame(other):
-        if lead.known_divisions and other.known_divisions:
-            return other.repartition(divisions=lead.divisions)
+    frames = is_frame(lead) and is_frame(other)
+    if lead.npartitions != other.npartitions and frames and lead.known_divisions and other.known_divisions:
+        return other.repartition(divisions=lead.divisions)
     if lead.npartitions != other.npartitions:
         raise DataError(
             f"{lead_name} has {lead.npartitions} partitions and {name} has {other.npartitions}, of unknown "

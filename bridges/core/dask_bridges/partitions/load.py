@@ -91,9 +91,7 @@ class Partitions:
     def keys_on(self, worker: str) -> tuple[Any, ...]:
         """Keys of the parts that hold rows on `worker`, in the order of the partitions."""
         return tuple(
-            future.key
-            for future, where, rows in zip(self.futures, self.workers, self.rows)
-            if where == worker and rows
+            future.key for future, where, rows in zip(self.futures, self.workers, self.rows) if where == worker and rows
         )
 
     def rows_on(self, worker: str) -> int:
@@ -232,9 +230,7 @@ def _pack_frames(roles: tuple[str, ...], frames: Sequence[Any]) -> Any:
 
     packer = functools.partial(pack, roles)
     meta = pd.Series([], dtype=object)
-    return dd.map_partitions(
-        packer, *frames, meta=meta, align_dataframes=False, enforce_metadata=False
-    ).optimize()
+    return dd.map_partitions(packer, *frames, meta=meta, align_dataframes=False, enforce_metadata=False).optimize()
 
 
 def _join(order: tuple[str, ...], has_frames: bool, arrays: tuple[str, ...], *blocks: Any) -> dict[str, Any]:
@@ -259,9 +255,7 @@ def _check_rows(roles: tuple[str, ...], infos: Sequence[PartInfo]) -> None:
             )
 
 
-async def _blame(
-    client: Client, aligned: Mapping[str, Any], index: int, error: BaseException
-) -> DataError:
+async def _blame(client: Client, aligned: Mapping[str, Any], index: int, error: BaseException) -> DataError:
     """Name the collection whose partition failed: computed apart, only the guilty one fails."""
     if isinstance(error, DataError):
         return error
@@ -271,8 +265,7 @@ async def _blame(
     for future in apart.values():
         future.release()
     return DataError(
-        f"partition {index} of {' and '.join(guilty or aligned)} could not be computed: "
-        f"{type(error).__name__}: {error}"
+        f"partition {index} of {' and '.join(guilty or aligned)} could not be computed: {type(error).__name__}: {error}"
     )
 
 

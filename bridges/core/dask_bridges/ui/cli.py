@@ -23,12 +23,14 @@ if TYPE_CHECKING:
 __all__ = ["bridges"]
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="To begin, with real data and on this machine: dask bridges demo",
+)
 def bridges() -> None:
     """Train machine-learning frameworks on Dask clusters.
 
-    The workers train together, each on the partitions it holds. To see that at
-    work on real data, on this machine and in under a minute, run `dask bridges demo`.
+    The workers train together, each on the partitions it holds.
     """
 
 
@@ -52,7 +54,7 @@ class _DemoCommand(click.Command):
     "--scheduler",
     metavar="ADDRESS",
     help="Join the cluster of this scheduler, e.g. tcp://10.0.0.1:8786, instead of starting one here. "
-    "Its workers need dask-bridges with the same extras as this machine.",
+    "Its machines need dask-bridges with the same extras as this one.",
 )
 @click.option(
     "--workers",
@@ -80,9 +82,7 @@ class _DemoCommand(click.Command):
     metavar="N",
     help="Train at most N boosting rounds. [default: enough for early stopping to end it]",
 )
-def demo(
-    scheduler: str | None, workers: int | None, output: Path, rows: int | None, rounds: int | None
-) -> None:
+def demo(scheduler: str | None, workers: int | None, output: Path, rows: int | None, rounds: int | None) -> None:
     """Train on real data, on a Dask cluster, and compare with one process.
 
     Starts worker processes on this machine (or joins a cluster), loads a data
@@ -153,7 +153,7 @@ def _cluster(scheduler: str | None, workers: int | None) -> Iterator[Client]:
 def _describe(client: Client, *, started: bool) -> str:
     """One line on the cluster: its size, where it is, and its dashboard."""
     threads = list(client.nthreads().values())
-    where = "started on this machine" if started else f"at {client.scheduler.address}"
+    where = "started on this machine" if started else f"at {client.scheduler_info()['address']}"
     line = f"Cluster: {_count(len(threads), 'worker')}, {_count(sum(threads), 'thread')} in all, {where}"
     if not threads:
         line = f"Cluster: no worker yet, waiting for the first, {where}"

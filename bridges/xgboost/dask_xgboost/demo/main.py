@@ -7,9 +7,9 @@ import textwrap
 import click
 import numpy as np
 from dask.base import compute
-from dask_bridges.ui.plugins import DemoOptions
 from distributed import Client
 
+from dask_bridges.ui.plugins import DemoOptions
 from dask_xgboost.demo import flights, models, report
 
 __all__ = ["main"]
@@ -71,9 +71,7 @@ def _summary(data: flights.Flights) -> tuple[str, float]:
         "valid": (data.valid, "held out for early stopping: every second week of September and October"),
         "test": (data.test, "November and December"),
     }
-    counts = compute(
-        *((part[flights.LABEL].count(), part[flights.LABEL].mean()) for part, _ in parts.values())
-    )
+    counts = compute(*((part[flights.LABEL].count(), part[flights.LABEL].mean()) for part, _ in parts.values()))
     rows = [("", "flights", "late", "")]
     for (name, (_, what)), (count, late) in zip(parts.items(), counts):
         rows.append((name, f"{count:,}", f"{late:.1%}", what))

@@ -114,7 +114,5 @@ def _roc_curves(axes: Axes, late: npt.NDArray[Any], guesses: Guesses) -> None:
     for (name, guess), style in zip(guesses.items(), (":", "--", "-")):
         false_alarms, hits, _ = roc_curve(late, guess)
         axes.plot(false_alarms, hits, style, label=f"{name} (AUC {roc_auc_score(late, guess):.3f})")
-    axes.set(
-        title="Flights of November and December", xlabel="false positive rate", ylabel="true positive rate"
-    )
+    axes.set(title="Flights of November and December", xlabel="false positive rate", ylabel="true positive rate")
     axes.legend(loc="lower right")

@@ -1,0 +1,61 @@
+"""Clusters for tests, and a look at what a gang has left behind on them."""
+
+from __future__ import annotations
+
+import contextlib
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from distributed import Client
+
+from dask_bridges import member, turns
+
+__all__ = ["command_line_cluster", "leftovers"]
+
+
+@contextlib.contextmanager
+def command_line_cluster(*, workers: int = 2, threads: int = 1, nanny: bool = True) -> Iterator[Client]:
+    """A client of a cluster started as operators do: ``dask scheduler`` and ``dask worker``.
+
+    Parameters
+    ----------
+    workers, threads : int
+        Worker processes, and threads of each.
+    nanny : bool
+        Whether a nanny watches each worker.
+    """
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+        file = str(Path(folder) / "scheduler.json")
+        common = ["--scheduler-file", file, "--interface", "lo", "--dashboard-address", ":0"]
+        _start(stack, "scheduler", "--port", "0", *common)
+        for _ in range(workers):
+            _start(stack, "worker", "--nthreads", str(threads), "--local-directory", folder,
+                   "--nanny" if nanny else "--no-nanny", *common)  # fmt: skip
+        client = stack.enter_context(Client(scheduler_file=file))
+        client.wait_for_workers(workers, timeout=60)
+        yield client
+
+
+def _start(stack: contextlib.ExitStack, *arguments: str) -> None:
+    process = subprocess.Popen([sys.executable, "-m", "dask", *arguments], stderr=subprocess.DEVNULL)
+    stack.callback(process.wait, 30)
+    stack.callback(process.terminate)
+
+
+def _members_here() -> list[str]:
+    return [f"gang {gang} rank {rank}" for (_, gang, rank) in member._members]
+
+
+def leftovers(client: Client) -> dict[str, Any]:
+    """What gangs have left: places at the arbiter, members on workers. Empty when all is well."""
+    left: dict[str, Any] = {}
+    client.sync(turns.register, client)
+    if gangs := client.sync(turns.ask, client, method="status")["gangs"]:
+        left["gangs"] = gangs
+    if members := {worker: found for worker, found in client.run(_members_here).items() if found}:
+        left["members"] = members
+    return left

@@ -1,0 +1,120 @@
+"""A framework with no framework in it: members sum the rows they hold, round after round.
+
+It is a bridge like the others, so that the contract can be tested, and shown,
+with nothing else installed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from distributed import Client
+
+from dask_bridges import clients, config, partitions, placement
+from dask_bridges.events import Event
+from dask_bridges.gang import Gang, GangPlan
+from dask_bridges.member import Member
+from dask_bridges.testing.faults import call_at
+
+__all__ = ["LoopbackResult", "train"]
+
+
+@dataclass(frozen=True)
+class _Spec:
+    keys: tuple[Any, ...]
+    rounds: int
+    fault: Callable[..., None] | None
+
+
+@dataclass(frozen=True)
+class LoopbackResult:
+    """What a loopback training gives.
+
+    Attributes
+    ----------
+    total : float
+        Sum of X times y over all rows and columns, times the number of rounds.
+    rows : list of int
+        Rows of each rank.
+    events : list of Event
+        Everything the members said.
+    """
+
+    total: float
+    rows: list[int]
+    events: list[Event]
+
+
+def _member(member: Member, spec: _Spec) -> tuple[float, int]:
+    total, rows = 0.0, 0
+    call_at(spec.fault, member.rank, -1)
+    for done in range(1, spec.rounds + 1):
+        member.check()
+        local, rows = 0.0, 0
+        with member.span("compute"):
+            for key in spec.keys:
+                with member.span("receive"):
+                    part = partitions.take(member.worker, key)
+                local += float((part["X"] * part["y"][:, None]).sum())
+                rows += partitions.rows_of(part["X"])
+        with member.span("communicate"):
+            total += sum(member.exchange(local))
+        if member.rank == 0:
+            member.metrics(done - 1, {"total": total})
+            member.progress(done, spec.rounds)
+        call_at(spec.fault, member.rank, done - 1)
+    return total, rows
+
+
+def train(
+    client: Client | None,
+    X: Any,
+    y: Any,
+    *,
+    rounds: int = 1,
+    workers: Sequence[str] | None = None,
+    fault: Callable[..., None] | None = None,
+    exclusive: bool = True,
+    timeout: float | str | None = None,
+    listeners: Sequence[Callable[[Event], None]] = (),
+) -> Any:
+    """Sum ``X * y[:, None]`` over all rows, once a round.
+
+    Parameters
+    ----------
+    client : Client or None
+    X, y : dask array
+        Of shapes (rows, columns) and (rows,).
+    rounds : int
+    workers, exclusive, timeout : optional
+        As in every bridge.
+    fault : callable, optional
+        ``fault(rank=, round=)``, called in the member before the first round (-1) and after each.
+    listeners : sequence of callable
+        Called with every event.
+
+    Returns
+    -------
+    LoopbackResult
+    """
+    client = clients.current(client)
+    prepared = partitions.prepare(client, {"X": X, "y": y})
+
+    async def run() -> LoopbackResult:
+        await placement.usable_workers(client, workers, config.seconds("timeout", timeout))
+        parts = await partitions.load(client, prepared, workers=workers)
+        usable = await placement.usable_workers(client, workers)
+        await placement.check_packages(client, [w.address for w in usable], ["dask_bridges"])
+        await parts.spread(client, [w.address for w in usable])
+        ranks = parts.holding()
+        specs = [_Spec(parts.keys_on(worker), rounds, fault) for worker in ranks]
+        plan = GangPlan("loopback", _member, specs, ranks, exclusive=exclusive, timeout=timeout)
+        gang = Gang(client, plan)
+        for listener in listeners:
+            gang.events.listen(listener)
+        results = await gang.run()
+        return LoopbackResult(results[0][0], [rows for _, rows in results], gang.events.events)
+
+    return clients.call(client, run)

@@ -1,0 +1,36 @@
+"""dask_xgboost keeps the contract of all bridges."""
+
+from typing import Any
+
+import numpy as np
+from distributed import Client
+
+import dask_xgboost
+import xgboost as xgb
+from dask_bridges.testing.contract import BridgeContract
+from xgboost import collective
+
+PARAMS = {"objective": "binary:logistic", "max_depth": 3, "eta": 0.5}
+
+
+class _Faulty(xgb.callback.TrainingCallback):
+    def __init__(self, fault: Any) -> None:
+        self.fault = fault
+
+    def after_iteration(self, model: Any, epoch: int, evals_log: Any) -> bool:
+        self.fault(rank=collective.get_rank(), round=epoch)
+        return False
+
+
+class TestXGBoost(BridgeContract):
+    def train(
+        self, client: Client | None, X: Any, y: Any, *, fault: Any = None, rounds: int = 3, **options: Any
+    ) -> Any:
+        callbacks = [] if fault is None else [_Faulty(fault)]
+        return dask_xgboost.train(client, PARAMS, X, y, num_boost_round=rounds, callbacks=callbacks, **options)
+
+    def check(self, result: Any, X: Any, y: Any) -> None:
+        alone, labels = X.compute(), y.compute()
+        oracle = xgb.train(PARAMS, xgb.QuantileDMatrix(alone, labels), result.num_boosted_rounds())
+        rows = xgb.DMatrix(alone)
+        np.testing.assert_allclose(result.predict(rows), oracle.predict(rows), atol=1e-5)
