@@ -34,3 +34,10 @@ class TestXGBoost(BridgeContract):
         oracle = xgb.train(PARAMS, xgb.QuantileDMatrix(alone, labels), result.num_boosted_rounds())
         rows = xgb.DMatrix(alone)
         np.testing.assert_allclose(result.predict(rows), oracle.predict(rows), atol=1e-5)
+
+    def use(self, client: Client, result: Any, X: Any) -> None:
+        predictions = client.compute(dask_xgboost.predict(client, result, X)).result()
+        np.testing.assert_allclose(predictions, result.predict(xgb.DMatrix(X.compute())), rtol=1e-6)
+        frame = X.to_dask_dataframe(columns=["a", "b", "c"])
+        series = client.compute(dask_xgboost.predict(client, result, frame)).result()
+        np.testing.assert_allclose(series, predictions, rtol=1e-6)

@@ -178,7 +178,6 @@ class Arbiter(SchedulerPlugin):  # type: ignore[misc]
         if refused or known is None:
             return {"refused": refused}
         known.presented.add(rank)
-        known.touch()
         return {}
 
     async def on_exchange(
@@ -190,8 +189,9 @@ class Arbiter(SchedulerPlugin):  # type: ignore[misc]
             return {"ended": "its gang has ended"}
         gathered = known.payloads.setdefault(step, {})
         gathered[rank] = payload
-        known.touch()
         world = len(known.workers)
+        if len(gathered) == world:  # waking all for each arrival would cost the square of the world
+            known.touch()
         await known.until(lambda: len(gathered) == world or known.ending, timeout)
         if len(gathered) < world:
             missing = [r for r in range(world) if r not in gathered]

@@ -28,6 +28,7 @@ from dask_bridges.errors import (
 )
 from dask_bridges.events import Event, EventStream, Log, Lost, Span, topic_of
 from dask_bridges.member import Member, MemberSpec, host_of, never_collateral, run_member
+from dask_bridges.shipping import sealed_task
 
 __all__ = ["Gang", "GangPlan"]
 
@@ -210,10 +211,10 @@ class Gang:
             for rank, payload in enumerate(plan.payloads)
         }
         places = dict(zip(specs, ([worker] for worker in workers)))
+        graph = {key: sealed_task(key, run_member, spec) for key, spec in specs.items()}
         # A bound method of a dict: the scheduler unpickles and calls it without this package.
         with dask.annotate(workers=places.__getitem__, allow_other_workers=False, retries=0):
-            return list(self.client.map(run_member, list(specs.values()), key=list(specs), pure=False,
-                                        priority=100))  # fmt: skip
+            return list(self.client.get(graph, list(graph), sync=False, priority=100))
 
     def _notice_loss(self, event: Event) -> None:
         if isinstance(event, Lost):

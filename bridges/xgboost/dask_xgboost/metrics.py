@@ -76,19 +76,45 @@ def _coarse(scores: Any) -> Any:
 
 
 def _merged(scores: Any, positive: Any, weight: Any) -> tuple[Any, Any]:
-    """The curve over all ranks: weights per distinct score, scores falling."""
-    local, tp, fp = _curve_of(np.asarray(scores, dtype="float32"), positive * weight, (1 - positive) * weight)
-    total = collective.allreduce(np.array([len(local)], dtype="int64"), collective.Op.SUM)[0]
+    """The curve over all ranks: weights of positives and negatives in the order of falling scores.
+
+    Only the positives' scores travel to all ranks; each then places its own negatives
+    between them. `positive` may be a fraction, as labels of logistic regression may.
+    """
+    scores = np.asarray(scores, dtype="float32")
+    total = collective.allreduce(np.array([(positive > 0).sum()], dtype="int64"), collective.Op.SUM)[0]
     if total > EXACT_SCORES:
-        local, tp, fp = _curve_of(_coarse(local), tp, fp)
-    return _curve_of(_all_gather(local), _all_gather(tp), _all_gather(fp))[1:]
+        scores = _coarse(scores)
+    local = _sums(scores[positive > 0], (positive * weight)[positive > 0])
+    thresholds, tp = _sums(*(_all_gather(values) for values in local))
+    fp = _between(scores[positive < 1], ((1 - positive) * weight)[positive < 1], thresholds)
+    fp = collective.allreduce(fp, collective.Op.SUM)
+    at_all = np.zeros(len(fp))
+    at_all[1::2] = tp
+    return at_all[::-1], fp[::-1]
 
 
-def _curve_of(scores: Any, tp: Any, fp: Any) -> tuple[Any, Any, Any]:
-    """Distinct scores in falling order, and the weight of positives and negatives at each."""
-    distinct, index = np.unique(-scores, return_inverse=True)
-    size = len(distinct)
-    return -distinct, np.bincount(index, tp, size), np.bincount(index, fp, size)
+def _sums(scores: Any, weight: Any) -> tuple[Any, Any]:
+    """Distinct scores, rising, and the summed weight of each."""
+    if not len(weight) or not np.ptp(weight):
+        distinct, counts = np.unique(scores, return_counts=True)
+        return distinct, counts * (weight[0] if len(weight) else 0.0)
+    distinct, index = np.unique(scores, return_inverse=True)
+    return distinct, np.bincount(index, weight, len(distinct))
+
+
+def _between(scores: Any, weight: Any, thresholds: Any) -> Any:
+    """Weight of `scores` below the first threshold, at it, between it and the second, at that, and so on."""
+    if np.ptp(weight) if len(weight) else 0:
+        order = np.argsort(scores)
+        rising, below = scores[order], np.concatenate([[0.0], np.cumsum(weight[order])])
+    else:  # all weigh the same: sorting without an index is several times faster
+        rising, below = np.sort(scores), np.arange(len(scores) + 1) * (weight[0] if len(weight) else 0.0)
+    cuts = np.empty(2 * len(thresholds) + 1)
+    cuts[0:-1:2] = below[np.searchsorted(rising, thresholds, "left")]
+    cuts[1::2] = below[np.searchsorted(rising, thresholds, "right")]
+    cuts[-1] = below[-1]
+    return np.diff(cuts, prepend=0.0)
 
 
 _AREA = {"auc": roc_auc, "aucpr": pr_auc}

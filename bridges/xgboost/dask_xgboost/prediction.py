@@ -13,6 +13,7 @@ from distributed import Client
 import xgboost as xgb
 from dask_bridges import partitions
 from dask_bridges.errors import DataError
+from dask_bridges.shipping import sealed
 
 __all__ = ["predict"]
 
@@ -117,7 +118,7 @@ def predict(
         return predict_block(data, base_margin, booster=booster, options=options, like_input=True)
     _check_features(booster, data, options)
     # A task, not a value: values may be copied into every task that uses them.
-    node = dask.delayed(_load, pure=True)(bytes(booster.save_raw("ubj")))
+    node = dask.delayed(sealed(_load), pure=True)(bytes(booster.save_raw("ubj")))
     if partitions.is_array(data):
         return _predict_array(node, booster, data, base_margin, options)
     return _predict_frame(node, booster, data, base_margin, options)
@@ -169,11 +170,10 @@ def _predict_array(node: Any, booster: xgb.Booster, data: Any, margin: Any, opti
     axes = tuple(range(2, 1 + sample.ndim))
     operands = [(block, (0, *(-axis for axis in range(1, block.ndim)))) for block in aligned.values()]
     return da.blockwise(
-        predict_block,
+        sealed(predict_block, options=options),
         (0, *axes),
         *(item for pair in operands for item in pair),
         booster=node,
-        options=options,
         new_axes=dict(zip(axes, sample.shape[1:])),
         concatenate=True,
         dtype=sample.dtype,
@@ -195,7 +195,7 @@ def _predict_frame(node: Any, booster: xgb.Booster, data: Any, margin: Any, opti
         extra = [m.to_delayed() for m in margins]
         arrays = [
             da.from_delayed(
-                dask.delayed(predict_block)(*parts, booster=node, options=options),
+                dask.delayed(sealed(predict_block, options=options))(*parts, booster=node),
                 (math.nan, *sample.shape[1:]),
                 dtype=sample.dtype,
             )
@@ -207,7 +207,7 @@ def _predict_frame(node: Any, booster: xgb.Booster, data: Any, margin: Any, opti
     if sample.ndim == 2:
         meta = pd.DataFrame(np.empty((0, sample.shape[1]), sample.dtype), index=index)
     return data.map_partitions(
-        predict_block, *margins, booster=node, options=options, like_input=True, meta=meta,
+        sealed(predict_block, options=options, like_input=True), *margins, booster=node, meta=meta,
         align_dataframes=False, enforce_metadata=False, clear_divisions=False,
     )  # fmt: skip
 

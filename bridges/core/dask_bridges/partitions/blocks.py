@@ -63,20 +63,17 @@ def _unwrapped(block: Any) -> Any:
     return block
 
 
-def describe(part: Part, inspect: Inspect | None) -> PartInfo:
+def describe(inspect: Inspect | None, part: Part) -> PartInfo:
     """Rows, size and whatever `inspect` finds."""
     rows = {role: rows_of(block) for role, block in part.items()}
     extra = inspect(part) if inspect is not None and len(set(rows.values())) == 1 else None
     return PartInfo(rows, sum(size_of(block) for block in part.values()), extra)
 
 
-def same(part: Part) -> Part:
-    """A task that only moves a part: run on the worker where it is wanted."""
-    return part
-
-
-def cut(part: Part, start: int, stop: int) -> Part:
-    """Rows `start` to `stop` of every block."""
+def cut(start: int | None, stop: int | None, part: Part) -> Part:
+    """Rows `start` to `stop` of every block; with neither, the part itself, where it is wanted."""
+    if start is None and stop is None:
+        return part
     return {
         role: block.iloc[start:stop] if hasattr(block, "iloc") else block[start:stop] for role, block in part.items()
     }

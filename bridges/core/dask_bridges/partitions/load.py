@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import functools
+import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import dask
-from dask._task_spec import Task, TaskRef
+from dask._task_spec import TaskRef
 from dask.core import flatten
-from distributed import Client, Future, wait
+from distributed import Client, Future
 
 from dask_bridges import config
 from dask_bridges.errors import DataError
 from dask_bridges.partitions.balance import assign
-from dask_bridges.partitions.blocks import Inspect, PartInfo, cut, describe, pack, same
+from dask_bridges.partitions.blocks import Inspect, PartInfo, cut, describe, pack
 from dask_bridges.partitions.collections import align, is_array, is_frame
+from dask_bridges.shipping import sealed_task
 
 __all__ = ["Partitions", "Prepared", "load", "prepare"]
 
@@ -118,7 +119,7 @@ class Partitions:
             if rows < 2:
                 return
             bounds = [(0, rows // 2), (rows // 2, rows)]
-            self.futures[part : part + 1] = [client.submit(cut, future, *b, pure=False) for b in bounds]
+            self.futures[part : part + 1] = [_derive(client, future, *b) for b in bounds]
             self.infos[part : part + 1] = [
                 PartInfo(dict.fromkeys(info.rows, stop - start), info.nbytes * (stop - start) // rows, info.extra)
                 for start, stop in bounds
@@ -129,25 +130,35 @@ class Partitions:
 
         With `everywhere`, each worker gets rows if there are parts enough.
         """
-        await wait(self.futures)
+        await _done(self.futures)
         where = await client.scheduler.who_has(keys=[future.key for future in self.futures])
         holders = [where.get(future.key, ()) for future in self.futures]
         tolerance = float(config.get("balance-tolerance"))
         self.workers = assign(self.rows, holders, workers, tolerance, everywhere=everywhere)
         moved: dict[int, Future] = {
-            part: client.submit(same, self.futures[part], workers=[target], pure=False,
-                                allow_other_workers=False, priority=50)
+            part: _derive(client, self.futures[part], None, None, target)
             for part, target in enumerate(self.workers)
             if target not in holders[part]
-        }  # fmt: skip
+        }
         if moved:
-            await client.gather([client.submit(_touched, f, pure=False) for f in moved.values()])
+            await _done(moved.values())
             for part, future in moved.items():
                 self.futures[part] = future
 
 
-def _touched(part: Any) -> None:
-    """Depend on a part, and bring nothing back."""
+def _derive(client: Client, part: Future, start: int | None, stop: int | None, worker: str | None = None) -> Future:
+    """Rows `start` to `stop` of a part (all: the part itself, moved) as a part of its own, on `worker`."""
+    key = f"dask-bridges-part-{uuid.uuid4().hex}"
+    graph = {key: sealed_task(key, cut, start, stop, inputs=(TaskRef(part.key),))}
+    pinned = {} if worker is None else {"workers": [worker], "allow_other_workers": False}
+    return client.get(graph, key, sync=False, priority=50, **pinned)
+
+
+async def _done(futures: Iterable[Future]) -> None:
+    """Wait for tasks and raise what they raised; nothing is fetched."""
+    for error in await asyncio.gather(*(future.exception() for future in futures)):
+        if error is not None:
+            raise error
 
 
 async def load(
@@ -182,7 +193,7 @@ async def load(
     aligned, graph, keys = prepared.aligned, dict(prepared.graph), prepared.keys
     name = "dask-bridges-describe-" + dask.base.tokenize(keys, inspect)
     looks = [(name, index) for index in range(len(keys))]
-    graph.update({look: Task(look, describe, TaskRef(key), inspect) for look, key in zip(looks, keys)})
+    graph.update({look: sealed_task(look, describe, inspect, inputs=(TaskRef(key),)) for look, key in zip(looks, keys)})
     restriction = {} if workers is None else {"workers": list(workers), "allow_other_workers": False}
     packed = client.get(graph, [list(keys), looks], sync=False, **restriction)
     futures, infos = packed
@@ -198,46 +209,22 @@ async def load(
 def _packed_graph(aligned: Mapping[str, Any]) -> tuple[dict[Any, Any], list[Any]]:
     """One graph in which task i brings the i-th blocks of all collections together.
 
-    Frames are optimised as one expression and arrays as one graph, so that what
-    they share is read once.
+    Frames are optimised together, and arrays too, so that what they share is read once.
     """
-    arrays = [role for role, collection in aligned.items() if is_array(collection)]
-    frames = [role for role, collection in aligned.items() if is_frame(collection)]
     graph: dict[Any, Any] = {}
-    sources: list[list[Any]] = []
-    if frames:
-        together = _pack_frames(tuple(frames), [aligned[role] for role in frames])
-        graph.update(together.__dask_graph__())
-        sources.append(list(flatten(together.__dask_keys__())))
-    if arrays:
-        for array in dask.optimize(*(aligned[role] for role in arrays)):
-            graph.update(array.__dask_graph__())
-            sources.append(list(flatten(array.__dask_keys__())))
-    if not arrays:
-        return graph, sources[0]
+    sources: dict[str, list[Any]] = {}
+    for kind in (is_frame, is_array):
+        roles = [role for role, collection in aligned.items() if kind(collection)]
+        for role, collection in zip(roles, dask.optimize(*(aligned[role] for role in roles))):
+            graph.update(collection.__dask_graph__())
+            sources[role] = list(flatten(collection.__dask_keys__()))
     name = "dask-bridges-pack-" + dask.base.tokenize(*aligned.values(), tuple(aligned))
-    keys = [(name, index) for index in range(len(sources[0]))]
+    keys = [(name, index) for index in range(len(next(iter(sources.values()))))]
     for index, key in enumerate(keys):
         # References, since a persisted block is no longer in the graph: the scheduler has it.
-        blocks = (TaskRef(source[index]) for source in sources)
-        graph[key] = Task(key, _join, tuple(aligned), bool(frames), tuple(arrays), *blocks)
+        blocks = tuple(TaskRef(sources[role][index]) for role in aligned)
+        graph[key] = sealed_task(key, pack, tuple(aligned), inputs=blocks)
     return graph, keys
-
-
-def _pack_frames(roles: tuple[str, ...], frames: Sequence[Any]) -> Any:
-    import dask.dataframe as dd
-    import pandas as pd
-
-    packer = functools.partial(pack, roles)
-    meta = pd.Series([], dtype=object)
-    return dd.map_partitions(packer, *frames, meta=meta, align_dataframes=False, enforce_metadata=False).optimize()
-
-
-def _join(order: tuple[str, ...], has_frames: bool, arrays: tuple[str, ...], *blocks: Any) -> dict[str, Any]:
-    """One part of the frames' part, if there is one, and the arrays' blocks, in the given order."""
-    part = dict(blocks[0]) if has_frames else {}
-    part.update(pack(arrays, *blocks[has_frames:]))
-    return {role: part[role] for role in order}
 
 
 def _check_rows(roles: tuple[str, ...], infos: Sequence[PartInfo]) -> None:

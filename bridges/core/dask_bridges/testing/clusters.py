@@ -18,7 +18,9 @@ __all__ = ["command_line_cluster", "leftovers"]
 
 
 @contextlib.contextmanager
-def command_line_cluster(*, workers: int = 2, threads: int = 1, nanny: bool = True) -> Iterator[Client]:
+def command_line_cluster(
+    *, workers: int = 2, threads: int = 1, nanny: bool = True, bare_scheduler: bool = False
+) -> Iterator[Client]:
     """A client of a cluster started as operators do: ``dask scheduler`` and ``dask worker``.
 
     Parameters
@@ -27,11 +29,16 @@ def command_line_cluster(*, workers: int = 2, threads: int = 1, nanny: bool = Tr
         Worker processes, and threads of each.
     nanny : bool
         Whether a nanny watches each worker.
+    bare_scheduler : bool
+        Whether the scheduler runs without this package and the frameworks.
     """
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         file = str(Path(folder) / "scheduler.json")
         common = ["--scheduler-file", file, "--interface", "lo", "--dashboard-address", ":0"]
-        _start(stack, "scheduler", "--port", "0", *common)
+        if bare_scheduler:
+            _run(stack, "-c", _BARE_SCHEDULER, file)
+        else:
+            _start(stack, "scheduler", "--port", "0", *common)
         for _ in range(workers):
             _start(stack, "worker", "--nthreads", str(threads), "--local-directory", folder,
                    "--nanny" if nanny else "--no-nanny", *common)  # fmt: skip
@@ -40,8 +47,32 @@ def command_line_cluster(*, workers: int = 2, threads: int = 1, nanny: bool = Tr
         yield client
 
 
+#: A scheduler in a process that can import neither the bridges nor what they bridge to.
+_BARE_SCHEDULER = """
+import asyncio, sys
+from distributed import Scheduler
+
+class Missing:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {"dask_bridges", "dask_xgboost", "xgboost", "tensorflow", "keras"}:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Missing())
+
+async def main():
+    async with Scheduler(host="127.0.0.1", port=0, dashboard_address=":0", scheduler_file=sys.argv[1]) as scheduler:
+        await scheduler.finished()
+
+asyncio.run(main())
+"""
+
+
 def _start(stack: contextlib.ExitStack, *arguments: str) -> None:
-    process = subprocess.Popen([sys.executable, "-m", "dask", *arguments], stderr=subprocess.DEVNULL)
+    _run(stack, "-m", "dask", *arguments)
+
+
+def _run(stack: contextlib.ExitStack, *arguments: str) -> None:
+    process = subprocess.Popen([sys.executable, *arguments], stderr=subprocess.DEVNULL)
     stack.callback(process.wait, 30)
     stack.callback(process.terminate)
 

@@ -53,6 +53,9 @@ class BridgeContract:
         """Assert that the result is what one process gives on all rows."""
         raise NotImplementedError
 
+    def use(self, client: Client, result: Any, X: Any) -> None:
+        """Compute on the cluster with a result, where the bridge has something for that."""
+
     # Clusters of every kind
 
     def test_trains_on_worker_processes(self, bridges_client: Client) -> None:
@@ -73,6 +76,15 @@ class BridgeContract:
         X, y = make_data()
         with command_line_cluster(workers=2, threads=threads, nanny=nanny) as client:
             self.check(self.train(client, X, y), X, y)
+            assert leftovers(client) == {}
+
+    def test_nothing_of_ours_is_needed_on_the_scheduler(self) -> None:
+        X, y = make_data()
+        with command_line_cluster(workers=2, bare_scheduler=True) as client:
+            self.check(self.train(client, X, y), X, y)
+            with pytest.raises(MemberFailed, match="deliberate"):
+                self.train(client, X, y, fault=Fault(1, 0, trouble))
+            self.use(client, self.train(client, X, y), X)
             assert leftovers(client) == {}
 
     def test_waits_for_the_first_worker_of_an_adaptive_cluster(self) -> None:

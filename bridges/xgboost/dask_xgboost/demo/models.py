@@ -33,8 +33,7 @@ ROUNDS = 300
 _PATIENCE = 20
 PARAMS: dict[str, Any] = {
     "objective": "binary:logistic",
-    # Early stopping goes by the last one.
-    "eval_metric": ["auc", "logloss"],
+    "eval_metric": "logloss",
     "learning_rate": 0.1,
     "max_depth": 6,
     "min_child_weight": 20,
