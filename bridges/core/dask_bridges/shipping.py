@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import operator
 import pickle
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -53,7 +54,7 @@ class _ByValue:
 @functools.cache
 def _opener() -> bytes:
     """`_open_and_call` by value: as a function of ``__main__`` it is pickled whole."""
-    function = type(_open_and_call)(_open_and_call.__code__, {"__builtins__": __builtins__}, "_open_and_call")
+    function = types.FunctionType(_open_and_call.__code__, {"__builtins__": __builtins__}, "_open_and_call")
     function.__module__ = "__main__"
     return bytes(cloudpickle.dumps(function))
 

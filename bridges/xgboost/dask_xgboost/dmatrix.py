@@ -162,6 +162,10 @@ class DMatrix:
         """Number of feature columns."""
         return int(self.features.shape[1])
 
+    def has(self, field: str) -> bool:
+        """Whether the field ("weight", "qid") was given."""
+        return field in self.columns or field in self.parts.roles
+
     @property
     def rows(self) -> int:
         """Number of rows."""
@@ -231,7 +235,7 @@ class DMatrix:
                 "needs one: use more rows, or fewer workers (workers=[...])"
             )
         if everywhere:
-            if "qid" in (*self.columns, *self.parts.roles) and len(self.parts.filled()) < len(ranks):
+            if self.has("qid") and len(self.parts.filled()) < len(ranks):
                 raise DataError(
                     f"{self.role} has rows in {len(self.parts.filled())} partitions for {len(ranks)} workers; with "
                     "categorical columns and query groups, use at least one partition a worker"

@@ -71,7 +71,7 @@ def _matrices(member: Member, spec: TrainSpec) -> tuple[Any, list[tuple[Any, str
     params = spec.loop.params
     binning = {
         "max_bin": int(params.get("max_bin", MAX_BIN)),
-        "nthread": int(params.get("nthread", 0)) or member.worker.state.nthreads,
+        "nthread": int(_threads(member, params)),
     }
     matrix, prototype = build(member, spec.train, **binning)
     evals = []
@@ -83,8 +83,14 @@ def _matrices(member: Member, spec: TrainSpec) -> tuple[Any, list[tuple[Any, str
     return matrix, evals
 
 
+def _threads(member: Member, params: dict[str, Any]) -> Any:
+    """The user's number of threads, by either of its names, or the worker's."""
+    return params.get("nthread", params.get("n_jobs", member.worker.state.nthreads))
+
+
 def _boost(member: Member, loop: Loop, matrix: Any, evals: list[tuple[Any, str]]) -> tuple[xgb.Booster, dict[str, Any]]:
-    params = {"nthread": member.worker.state.nthreads, **loop.params}
+    params = {**loop.params, "nthread": _threads(member, loop.params)}
+    params.pop("n_jobs", None)
     wanted = metric_names(params)
     areas: list[str] = []
     if member.world_size > 1 and not matrix.get_uint_info("group_ptr").size:

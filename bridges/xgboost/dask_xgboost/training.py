@@ -338,12 +338,20 @@ class _Training:
         ]
 
     def _warn(self, ranks: Sequence[str], workers: Sequence[placement.WorkerInfo]) -> None:
-        objective = self.loop.params.get("objective", "")
+        objective = str(self.loop.params.get("objective", ""))
         if objective in _ADAPTIVE and len(ranks) > 1:
             warnings.warn(
                 f"{objective} on {len(ranks)} workers: XGBoost fits leaf values on each worker's rows and averages "
                 "them, so the model depends on how rows are spread. Shuffle the rows, or train on one worker "
                 "(workers=[...]).",
+                UserWarning,
+                stacklevel=2,
+            )
+        if objective.startswith("rank:") and self.matrix.has("weight") and len(ranks) > 1:
+            warnings.warn(
+                f"{objective} with weights on {len(ranks)} workers: XGBoost scales the weights of each worker's groups "
+                "to a mean of 1, so the model depends on how groups are spread. Shuffle the groups, or train on one "
+                "worker (workers=[...]).",
                 UserWarning,
                 stacklevel=2,
             )

@@ -56,6 +56,12 @@ def pack(roles: tuple[str, ...], *blocks: Any) -> Part:
     return dict(zip(roles, (_unwrapped(block) for block in blocks)))
 
 
+def join(order: tuple[str, ...], with_frames: bool, arrays: tuple[str, ...], *blocks: Any) -> Part:
+    """One part of the frames' part, if there is one, and of the arrays' blocks, in the given order."""
+    part = {**(blocks[0] if with_frames else {}), **pack(arrays, *blocks[with_frames:])}
+    return {role: part[role] for role in order}
+
+
 def _unwrapped(block: Any) -> Any:
     """The block itself: an array's graph may hand it over in an object array of one."""
     if isinstance(block, np.ndarray) and block.dtype == object and block.size == 1:

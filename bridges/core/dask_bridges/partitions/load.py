@@ -17,9 +17,9 @@ from distributed import Client, Future
 from dask_bridges import config
 from dask_bridges.errors import DataError
 from dask_bridges.partitions.balance import assign
-from dask_bridges.partitions.blocks import Inspect, PartInfo, cut, describe, pack
+from dask_bridges.partitions.blocks import Inspect, PartInfo, cut, describe, join, pack
 from dask_bridges.partitions.collections import align, is_array, is_frame
-from dask_bridges.shipping import sealed_task
+from dask_bridges.shipping import sealed, sealed_task
 
 __all__ = ["Partitions", "Prepared", "load", "prepare"]
 
@@ -209,22 +209,38 @@ async def load(
 def _packed_graph(aligned: Mapping[str, Any]) -> tuple[dict[Any, Any], list[Any]]:
     """One graph in which task i brings the i-th blocks of all collections together.
 
-    Frames are optimised together, and arrays too, so that what they share is read once.
+    Frames are optimised as one expression and arrays as one graph, so that what
+    they share is read once.
     """
+    frames = {role: collection for role, collection in aligned.items() if is_frame(collection)}
+    arrays = {role: collection for role, collection in aligned.items() if is_array(collection)}
     graph: dict[Any, Any] = {}
-    sources: dict[str, list[Any]] = {}
-    for kind in (is_frame, is_array):
-        roles = [role for role, collection in aligned.items() if kind(collection)]
-        for role, collection in zip(roles, dask.optimize(*(aligned[role] for role in roles))):
-            graph.update(collection.__dask_graph__())
-            sources[role] = list(flatten(collection.__dask_keys__()))
+    sources: list[list[Any]] = []
+    # Not dask.optimize for frames: it loses the order of partitions behind .loc (dask 2026.8).
+    together = [_pack_frames(frames)] if frames else []
+    for collection in (*together, *dask.optimize(*arrays.values())):
+        graph.update(collection.__dask_graph__())
+        sources.append(list(flatten(collection.__dask_keys__())))
+    if not arrays:
+        return graph, sources[0]
     name = "dask-bridges-pack-" + dask.base.tokenize(*aligned.values(), tuple(aligned))
-    keys = [(name, index) for index in range(len(next(iter(sources.values()))))]
+    keys = [(name, index) for index in range(len(sources[0]))]
     for index, key in enumerate(keys):
         # References, since a persisted block is no longer in the graph: the scheduler has it.
-        blocks = tuple(TaskRef(sources[role][index]) for role in aligned)
-        graph[key] = sealed_task(key, pack, tuple(aligned), inputs=blocks)
+        blocks = tuple(TaskRef(source[index]) for source in sources)
+        graph[key] = sealed_task(key, join, tuple(aligned), bool(frames), tuple(arrays), inputs=blocks)
     return graph, keys
+
+
+def _pack_frames(frames: Mapping[str, Any]) -> Any:
+    """One collection whose partitions are parts of the frames."""
+    import dask.dataframe as dd
+    import pandas as pd
+
+    meta = pd.Series([], dtype=object)
+    return dd.map_partitions(
+        sealed(pack, tuple(frames)), *frames.values(), meta=meta, align_dataframes=False, enforce_metadata=False
+    ).optimize()
 
 
 def _check_rows(roles: tuple[str, ...], infos: Sequence[PartInfo]) -> None:
@@ -257,4 +273,4 @@ async def _blame(client: Client, aligned: Mapping[str, Any], index: int, error: 
 
 
 def _partition(collection: Any, index: int) -> Any:
-    return collection.partitions[index] if is_frame(collection) else collection.blocks[index]
+    return collection.to_delayed()[index] if is_frame(collection) else collection.blocks[index]

@@ -19,6 +19,7 @@ import pandas as pd
 from distributed import Client
 
 from dask_bridges.errors import PlacementError
+from dask_bridges.shipping import sealed
 
 __all__ = ["CATEGORICAL", "FEATURES", "LABEL", "Flights", "check_cluster", "load", "read_month"]
 
@@ -84,7 +85,7 @@ def load(client: Client, rows: int | None = None) -> Flights:
     check_cluster(client)
     months = [pd.Timestamp(2013, month, 1) for month in range(1, 13)]
     flights = dd.from_map(
-        read_month, months, rows=rows, meta=_meta(), divisions=(*months, _YEAR[1]), label="read-month"
+        sealed(read_month, rows=rows), months, meta=_meta(), divisions=(*months, _YEAR[1]), label="read-month"
     )
     # One list of categories for all partitions, found on the workers.
     flights = flights.persist().categorize(CATEGORICAL, index=False)
@@ -94,8 +95,8 @@ def load(client: Client, rows: int | None = None) -> Flights:
     total, kept = len(flights), len(arrived)
     last = _TEST_FROM - pd.Timedelta("1ns")
     return Flights(
-        train=arrived.loc[:last].map_partitions(_weeks, held_out=False),
-        valid=arrived.loc[_VALID_FROM:last].map_partitions(_weeks, held_out=True),
+        train=arrived.loc[:last].map_partitions(sealed(_weeks, held_out=False)),
+        valid=arrived.loc[_VALID_FROM:last].map_partitions(sealed(_weeks, held_out=True)),
         test=arrived.loc[_TEST_FROM:],
         total=total,
         dropped=total - kept,
@@ -127,10 +128,7 @@ def read_month(start: pd.Timestamp, rows: int | None = None) -> pd.DataFrame:
 
 
 def check_cluster(client: Client) -> None:
-    """See that the cluster has what reading the flights takes.
-
-    The workers need this package and the one with the data. The scheduler needs
-    this one: it unpickles the graph, which names :func:`read_month`.
+    """See that the workers have what reading the flights takes: this package and the one with the data.
 
     Raises
     ------
@@ -145,11 +143,6 @@ def check_cluster(client: Client) -> None:
             raise PlacementError(
                 f"{package} is missing on {len(lacking)} of {len(found)} workers ({some}); run there: {remedy}"
             )
-    if client.run_on_scheduler(find_spec, "dask_xgboost") is None:
-        raise PlacementError(
-            "dask_xgboost is missing on the scheduler, which unpickles the demo's task graph; "
-            f"run there: {_REMEDIES['dask_xgboost']}"
-        )
 
 
 @lru_cache(maxsize=1)
