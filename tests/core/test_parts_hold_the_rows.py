@@ -40,9 +40,11 @@ SOURCES: dict[str, Any] = {
 
 @pytest.fixture(scope="module")
 def client() -> Any:
-    with LocalCluster(n_workers=2, threads_per_worker=1, processes=False, dashboard_address=":0") as cluster:
-        with Client(cluster) as client:
-            yield client
+    with (
+        LocalCluster(n_workers=2, threads_per_worker=1, processes=False, dashboard_address=":0") as cluster,
+        Client(cluster) as client,
+    ):
+        yield client
 
 
 @pytest.mark.parametrize("source", SOURCES.values(), ids=SOURCES)

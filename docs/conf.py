@@ -1,0 +1,10 @@
+"""Sphinx configuration."""
+
+project = "dask-bridges"
+author = "the dask-bridges developers"
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+html_theme = "alabaster"
+autodoc_typehints = "none"
+exclude_patterns = ["_build"]
+myst_heading_anchors = 3
+suppress_warnings = ["myst.xref_missing"]
