@@ -10,6 +10,7 @@ the scheduler runs.
 from __future__ import annotations
 
 import asyncio
+import collections
 import logging
 import time
 from typing import Any
@@ -24,6 +25,8 @@ PROTOCOL = 1
 OPERATION = f"dask_bridges_arbiter_{PROTOCOL}"
 #: Name of the stream handler on the workers by which members are asked to stop.
 STOP = f"dask_bridges_stop_{PROTOCOL}"
+#: Of how many ended gangs the scheduler keeps the events.
+KEPT_TOPICS = 100
 
 logger = logging.getLogger("dask_bridges.arbiter")
 
@@ -86,6 +89,7 @@ class Arbiter(SchedulerPlugin):  # type: ignore[misc]
 
     def __init__(self) -> None:
         self.gangs: dict[str, _Gang] = {}  # in the order asked
+        self.ended: collections.deque[str] = collections.deque()  # topics of gangs that are over
 
     async def start(self, scheduler: Any) -> None:
         """Answer on this scheduler."""
@@ -119,7 +123,8 @@ class Arbiter(SchedulerPlugin):  # type: ignore[misc]
         if asked.workers and not asked.ending:
             return {"granted": asked.workers}
         if gone or asked.ending:
-            self.gangs.pop(gang, None)
+            if not asked.live:
+                self._forget(asked)
             self.grant()
             return {"lacking": gone, "reason": asked.ending}
         return {"waiting_for": self._ahead_of(asked)}
@@ -191,6 +196,7 @@ class Arbiter(SchedulerPlugin):  # type: ignore[misc]
         gathered[rank] = payload
         world = len(known.workers)
         if len(gathered) == world:  # waking all for each arrival would cost the square of the world
+            known.payloads.pop(step, None)  # whoever waits for it holds it
             known.touch()
         await known.until(lambda: len(gathered) == world or known.ending, timeout)
         if len(gathered) < world:
@@ -199,10 +205,12 @@ class Arbiter(SchedulerPlugin):  # type: ignore[misc]
         return {"payloads": [gathered[r] for r in range(world)]}
 
     def leave(self, gang: str, attempt: int, rank: int, outcome: str, worker: str = "") -> None:
-        """A member is done (stream message): finished, failed or collateral. A failure ends the gang."""
+        """A member is done (stream message): finished, failed, collateral or lost. All but the first end the gang."""
         try:
             known = self.gangs.get(gang)
             if known is None or known.attempt != attempt or rank not in known.live:
+                return
+            if worker and known.workers[rank] != worker:
                 return
             known.ranks_done[rank] = outcome
             if outcome != "finished":
@@ -243,8 +251,28 @@ class Arbiter(SchedulerPlugin):  # type: ignore[misc]
     def _settled(self, gang: _Gang) -> None:
         gang.touch()
         if gang.released and not gang.live:
-            self.gangs.pop(gang.gang, None)
+            self._forget(gang)
         self.grant()
+
+    def _forget(self, gang: _Gang) -> None:
+        """A gang is over; its events stay until enough others are."""
+        if self.gangs.pop(gang.gang, None) is not None:
+            self.ended.append(gang.topic)
+        while len(self.ended) > KEPT_TOPICS:
+            # Topics have no public end: an empty one stays in the scheduler's memory.
+            self.scheduler._broker._topics.pop(self.ended.popleft(), None)
+
+    def add_worker(self, scheduler: Any, worker: str) -> None:
+        """A worker has come: gangs that run go on as they are, and their clients hear of it."""
+        for gang in self.gangs.values():
+            if gang.workers and not gang.ending:
+                text = f"goes on with its {gang.places} workers; {worker}, which has just joined, is left out"
+                self._tell(gang, {"event": "Log", "rank": -1, "text": text, "level": logging.INFO})
+
+    def _tell(self, gang: _Gang, event: dict[str, Any]) -> None:
+        """Send an event to whoever listens to the gang."""
+        message = {**event, "gang": gang.gang, "attempt": gang.attempt, "time": time.time()}
+        self.scheduler.log_event(gang.topic, message)
 
     def remove_client(self, scheduler: Any, client: str) -> None:
         """A client is gone: its gangs end, and give back their places."""
@@ -259,17 +287,22 @@ class Arbiter(SchedulerPlugin):  # type: ignore[misc]
         for gang in list(self.gangs.values()):
             if worker in gang.workers and not gang.released:
                 rank = gang.workers.index(worker)
-                # A finished member may be lost too, with its result.
-                before = gang.ranks_done.pop(rank, "")
                 gang.presented.add(rank)
-                gang.ranks_done[rank] = f"{before}, then lost" if before else "lost"
-                event = {"event": "Lost", "gang": gang.gang, "attempt": gang.attempt, "rank": rank,
-                         "time": time.time(), "worker": worker}  # fmt: skip
-                scheduler.log_event(gang.topic, event)
+                self._lose(gang, rank)
+                self._tell(gang, {"event": "Lost", "rank": rank, "worker": worker})
                 self.end(gang, f"worker {worker} of member {rank} was lost")
             elif worker in gang.workers:
                 gang.ranks_done[gang.workers.index(worker)] = "lost"
             self._settled(gang)
+
+    def _lose(self, gang: _Gang, rank: int) -> None:
+        """Note the loss of a member, in its place among the ends of the others."""
+        before = gang.ranks_done.get(rank, "")
+        if before == "finished":  # it is lost with its result, and only now is that a reason to end
+            del gang.ranks_done[rank]
+            gang.ranks_done[rank] = "finished, then lost"
+        elif before != "failed":  # an echo of its peers' failures was the first sign of the loss
+            gang.ranks_done[rank] = "lost"
 
     async def on_status(self) -> dict[str, Any]:
         """Who holds and who waits, for people and tests."""

@@ -32,6 +32,7 @@ def get(key: str, override: Any = None) -> Any:
 def seconds(key: str, override: str | float | None = None) -> float:
     """The duration of ``dask-bridges.<key>`` (or of `override`) in seconds.
 
+    >>> from dask_bridges import config
     >>> config.seconds("wait-notice", "500ms")
     0.5
     """

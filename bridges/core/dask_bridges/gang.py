@@ -25,9 +25,10 @@ from dask_bridges.errors import (
     MemberLost,
     MemberStopped,
     PlacementError,
+    StaleMember,
 )
-from dask_bridges.events import Event, EventStream, Log, Lost, Span, topic_of
-from dask_bridges.member import Member, MemberSpec, host_of, never_collateral, run_member
+from dask_bridges.events import Event, EventStream, Failed, Log, Lost, Span, Started, topic_of
+from dask_bridges.member import Member, MemberSpec, host_of, late_to_start, never_collateral, run_member
 from dask_bridges.shipping import sealed_task
 
 __all__ = ["Gang", "GangPlan"]
@@ -93,8 +94,8 @@ class Gang:
         self.attempt = attempt
         self.events = EventStream(self.id)
         self.events.attempt = attempt
-        self._lost = asyncio.Event()
-        self.events.listen(self._notice_loss)
+        self._lost, self._started = asyncio.Event(), asyncio.Event()
+        self.events.listen(self._notice)
 
     async def run(self) -> list[Any]:
         """Run it to its end.
@@ -128,12 +129,19 @@ class Gang:
             await asyncio.shield(self._release(topic, reason))
 
     async def _release(self, topic: str, reason: str) -> None:
+        """Give the places back; without a scheduler there are none."""
         try:
-            await turns.ask(self.client, "release", gang=self.id, reason=reason)
-            self.client.unsubscribe_topic(topic)
+            if self._connected:
+                await turns.ask(self.client, "release", gang=self.id, reason=reason)
+                self.client.unsubscribe_topic(topic)
+        except (OSError, ValueError):
+            logger.info("[gang %s] no scheduler to release it at", self.id)
+        finally:
             self.client._event_handlers.pop(topic, None)
-        except (OSError, ValueError):  # the scheduler is gone, and the gang's places with it
-            logger.info("gang %s: no scheduler to release it at", self.id)
+
+    @property
+    def _connected(self) -> bool:
+        return bool(self.client.status == "running")
 
     # The turn
 
@@ -154,7 +162,10 @@ class Gang:
         told = ""
         while True:
             left = timeout - (time.monotonic() - start)
-            answer = await turns.ask(self.client, "acquire", wait=max(0.0, min(notice, left)), **request)
+            try:
+                answer = await turns.ask(self.client, "acquire", wait=max(0.0, min(notice, left)), **request)
+            except OSError as gone:
+                raise PlacementError(f"{plan.label}: the scheduler is gone, and with it the turn: {gone}") from gone
             if "granted" in answer:
                 self._emit(Span, kind="wait", seconds=time.monotonic() - start)
                 return tuple(answer["granted"])
@@ -184,7 +195,6 @@ class Gang:
         )
         text = f"waits for {who}"
         if text != told:
-            logger.info("[gang %s] %s %s", self.id, self.plan.label, text)
             self._emit(Log, text=text)
         return text
 
@@ -206,7 +216,7 @@ class Gang:
                 function=plan.function,
                 payload=payload,
                 collateral=plan.collateral,
-                start_timeout=config.seconds("start-timeout", plan.start_timeout),
+                start_timeout=self._start_timeout,
             )
             for rank, payload in enumerate(plan.payloads)
         }
@@ -216,9 +226,14 @@ class Gang:
         with dask.annotate(workers=places.__getitem__, allow_other_workers=False, retries=0):
             return list(self.client.get(graph, list(graph), sync=False, priority=100))
 
-    def _notice_loss(self, event: Event) -> None:
+    def _notice(self, event: Event) -> None:
+        """Listen to what matters for the course of the gang."""
         if isinstance(event, Lost):
             self._lost.set()
+        elif isinstance(event, Started):
+            self._started.set()
+        elif isinstance(event, Log) and event.rank < 0:
+            logger.log(event.level, "[gang %s] %s %s", self.id, self.plan.label, event.text)
 
     async def _run_members(self, workers: tuple[str, ...]) -> list[Any]:
         futures = self._submit(workers)
@@ -226,8 +241,8 @@ class Gang:
         lost = asyncio.ensure_future(self._lost.wait())
         finished = asyncio.ensure_future(asyncio.wait(ends, return_when=asyncio.FIRST_EXCEPTION))
         try:
-            await asyncio.wait({finished, lost}, return_when=asyncio.FIRST_COMPLETED)
-            if not lost.done() and not any(map(_error_of, ends)):
+            await self._until_over({finished, lost})
+            if finished.done() and not lost.done() and not any(map(_error_of, ends)):
                 fetched = await self._fetch(futures, lost)
                 if fetched is not None:
                     return fetched
@@ -240,12 +255,32 @@ class Gang:
             for future in futures:
                 future.release()
 
+    async def _until_over(self, over: set[asyncio.Future[Any]]) -> None:
+        """Wait until one of `over` has come, or the members are late to start."""
+        started = asyncio.ensure_future(self._started.wait())
+        try:
+            await asyncio.wait({started, *over}, timeout=self._start_timeout, return_when=asyncio.FIRST_COMPLETED)
+            if started.done():
+                await asyncio.wait(over, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            started.cancel()
+
+    @property
+    def _start_timeout(self) -> float:
+        return config.seconds("start-timeout", self.plan.start_timeout)
+
     async def _fetch(self, futures: Sequence[Future], lost: asyncio.Future[Any]) -> list[Any] | None:
-        """All results; None if a worker was lost before its result was here."""
+        """All results; None if a worker, or the scheduler, was lost before they were here."""
         results = asyncio.ensure_future(self.client.gather(list(futures), asynchronous=True))
         try:
             await asyncio.wait({results, lost}, return_when=asyncio.FIRST_COMPLETED)
-            return list(results.result()) if results.done() else None
+            error = results.exception() if results.done() else None
+            if not results.done() or (error is not None and (lost.done() or not self._connected)):
+                return None
+            if error is not None:
+                text = str(error).partition("\n")[0]
+                raise MemberFailed(f"{self.plan.label}: a result could not be sent to the client: {text}") from error
+            return list(results.result())
         finally:
             results.cancel()
             await asyncio.gather(results, return_exceptions=True)
@@ -255,19 +290,31 @@ class Gang:
     ) -> BaseException:
         """Wait until all members have ended, then tell which failure came first and was no echo."""
         timeout = config.seconds("stop-timeout", self.plan.stop_timeout)
+        reason = "a member failed" if raised is not None or self._lost.is_set() else "some members were late to start"
         try:
-            settled = await turns.ask(self.client, "settle", gang=self.id, reason="a member failed", timeout=timeout)
+            if not self._connected:
+                raise ConnectionAbortedError("the client has lost the scheduler, or was closed")
+            settled = await turns.ask(self.client, "settle", gang=self.id, reason=reason, timeout=timeout)
         except OSError as gone:
-            return MemberLost(f"{self.plan.label}: the scheduler was lost: {gone}")
+            return MemberLost(f"{self.plan.label}: the scheduler is gone, and the members with it: {gone}")
         if settled["live"]:
             stuck = ", ".join(f"{rank} on {workers[rank]}" for rank in settled["live"])
             logger.warning("[gang %s] still running after %g s: member %s", self.id, timeout, stuck)
-        outcomes = [(rank, outcome) for rank, outcome in settled["outcomes"] if outcome != "finished"]
-        for wanted in (("failed", "lost", "finished, then lost"), ("collateral",)):
-            for rank, outcome in outcomes:
-                if outcome in wanted:
-                    return await self._describe(rank, outcome, futures, workers)
-        return self._unplaced(raised)
+        outcomes: dict[int, str] = dict(settled["outcomes"])
+        for rank, outcome in outcomes.items():
+            if outcome in ("failed", "lost", "finished, then lost"):
+                return await self._describe(rank, outcome, futures, workers)
+        absent = [rank for rank in range(len(workers)) if rank not in outcomes and rank not in settled["live"]]
+        if absent and raised is None:
+            return late_to_start(self.plan.label, workers, absent, self._start_timeout)
+        for rank in absent:
+            error = await self._exception_of(futures[rank]) if futures[rank].status == "error" else None
+            if error is not None and not isinstance(error, StaleMember):
+                return self._unplaced(rank, workers[rank], error)
+        echoes = [rank for rank, outcome in outcomes.items() if outcome == "collateral"]
+        if echoes and not isinstance(raised, MemberLost):
+            return await self._describe(echoes[0], "collateral", futures, workers)
+        return raised or BridgeError(f"{self.plan.label} ended for no known reason")
 
     async def _describe(
         self, rank: int, outcome: str, futures: Sequence[Future], workers: tuple[str, ...]
@@ -284,29 +331,33 @@ class Gang:
         original = await self._exception_of(futures[rank])
         if isinstance(original, BridgeError) and not isinstance(original, MemberStopped):
             return original
-        failed = MemberFailed(
-            f"{label}: member {rank} on {worker} raised {type(original).__name__}: {original}", *where
-        )
+        told = self._last_words(rank) if original is None else f"{type(original).__name__}: {original}"
+        failed = MemberFailed(f"{label}: member {rank} on {worker} raised {told}", *where)
         failed.__cause__ = original
         return failed
+
+    def _last_words(self, rank: int) -> str:
+        """What a member said of its failure, where its worker was lost before the exception was here."""
+        return next(
+            (event.error for event in self.events.events if isinstance(event, Failed) and event.rank == rank),
+            "an exception that was lost with its worker",
+        )
 
     async def _exception_of(self, future: Future) -> BaseException | None:
         """The exception of a member's task, which arrives right after its farewell to the arbiter."""
         try:
-            error: BaseException | None = await asyncio.wait_for(future.exception(), 10)
+            error: BaseException | None = await asyncio.wait_for(future.exception(), 5)
             traceback = await future.traceback()
-        except (TimeoutError, asyncio.CancelledError):
+        except TimeoutError:
             return None
         return error.with_traceback(traceback) if error is not None else None
 
-    def _unplaced(self, raised: BaseException | None) -> BaseException:
-        """No member took its place: the tasks themselves could not be run."""
+    def _unplaced(self, rank: int, worker: str, raised: BaseException) -> BaseException:
+        """A member that took no place: its task could not be run."""
         if isinstance(raised, BridgeError):
             return raised
-        failed = MemberFailed(
-            f"{self.plan.label}: no member could start"
-            + (f": {type(raised).__name__}: {raised}" if raised is not None else "")
-        )
+        text = f"{self.plan.label}: member {rank} could not start on {worker}: {type(raised).__name__}: {raised}"
+        failed = MemberFailed(text, rank, worker, host_of(worker))
         failed.__cause__ = raised
         return failed
 
@@ -314,6 +365,8 @@ class Gang:
 async def _end_of(future: Future) -> None:
     """Wait for a task's end and raise what it raised; nothing is fetched."""
     error = await future.exception()
+    if error is None and future.cancelled():
+        error = MemberLost(f"the task {future.key} was cancelled from outside, or the scheduler is gone")
     if error is not None:
         raise error
 

@@ -13,7 +13,7 @@ import functools
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -121,11 +121,11 @@ class Member:
 
     def progress(self, done: int, total: int = 0, unit: str = "round") -> None:
         """Say that `done` of `total` are over."""
-        self.emit(Progress, done=done, total=total, unit=unit)
+        self.emit(Progress, done=int(done), total=int(total), unit=str(unit))
 
     def metrics(self, step: int, values: dict[str, float]) -> None:
         """Publish metric values after step `step`."""
-        self.emit(Metrics, step=step, values={name: float(value) for name, value in values.items()})
+        self.emit(Metrics, step=int(step), values={str(name): float(value) for name, value in values.items()})
 
     def log(self, text: str, level: int = logging.INFO) -> None:
         """Write a line to the worker's log and to the gang's events, with gang id and rank."""
@@ -143,7 +143,7 @@ class Member:
 
     def emit_span(self, kind: str, seconds: float) -> None:
         """Say that `seconds` went into `kind`: wait, receive, build, compute or communicate."""
-        self.emit(Span, kind=kind, seconds=seconds)
+        self.emit(Span, kind=kind, seconds=float(seconds))
 
     # Peers
 
@@ -175,19 +175,17 @@ class Member:
             return list(answer["payloads"])
         if answer["ended"]:
             raise MemberStopped(answer["ended"])
-        who = ", ".join(f"{rank} on {self.spec.workers[rank]}" for rank in answer["missing"])
-        raise GangTimeout(
-            f"{self.label}: {len(answer['missing'])} of {self.world_size} members had not started after "
-            f"{deadline:g} s: member {who}. Are all threads of these workers busy with long tasks? "
-            "Raise dask-bridges.start-timeout, or wait until they are free."
-        )
+        if self._step == 1:
+            raise late_to_start(self.label, self.spec.workers, answer["missing"], deadline)
+        who = _named(self.spec.workers, answer["missing"])
+        raise GangTimeout(f"{self.label}: member {who} did not come to exchange {self._step} within {deadline:g} s")
 
     # Stopping
 
     @property
     def stopping(self) -> str | None:
         """Why the member is to end now; None while it may go on."""
-        if self._stop_reason is None and self.worker.status not in (Status.running, Status.paused):
+        if self._stop_reason is None and self.leaving:
             self.stop(f"its worker is {self.worker.status.name}")
         return self._stop_reason
 
@@ -195,6 +193,11 @@ class Member:
         """Raise `MemberStopped` if the member was asked to stop: call it between rounds."""
         if reason := self.stopping:
             raise MemberStopped(reason)
+
+    @property
+    def leaving(self) -> bool:
+        """Whether its worker is on its way out of the cluster."""
+        return self.worker.status not in (Status.running, Status.paused)
 
     def on_stop(self, callback: Callable[[], Any]) -> None:
         """Call `callback` once the member is asked to stop (at once if it was), from another thread."""
@@ -226,6 +229,19 @@ def host_of(address: str) -> str:
     return "127.0.0.1" if address.startswith("inproc") else str(get_address_host(address))
 
 
+def late_to_start(label: str, workers: Sequence[str], missing: Sequence[int], deadline: float) -> GangTimeout:
+    """The error for members that have not started in time."""
+    return GangTimeout(
+        f"{label}: {len(missing)} of {len(workers)} members had not started after {deadline:g} s: "
+        f"member {_named(workers, missing)}. Are all threads of these workers busy with long tasks? "
+        "Raise dask-bridges.start-timeout, or wait until they are free."
+    )
+
+
+def _named(workers: Sequence[str], ranks: Sequence[int]) -> str:
+    return ", ".join(f"{rank} on {workers[rank]}" for rank in ranks)
+
+
 _members: dict[tuple[str, str, int], Member] = {}
 
 
@@ -254,7 +270,11 @@ def run_member(spec: MemberSpec) -> Any:
     secede()
     member = Member(spec, worker)
     with _registered(member):
-        answer = member.ask("present", worker=worker.address)
+        try:
+            answer = member.ask("present", worker=worker.address)
+        except BaseException:
+            member.leave("failed")  # it may have been accepted, and hold its place
+            raise
         if refused := answer.get("refused"):
             raise StaleMember(f"{spec.label}: member {spec.rank} may not run here: {refused}")
         return _run_accepted(member)
@@ -271,7 +291,7 @@ def _run_accepted(member: Member) -> Any:
     except BaseException as error:
         stopped = isinstance(error, MemberStopped) or member.stopping is not None
         if stopped or member.spec.collateral(error):
-            outcome = "collateral"
+            outcome = "lost" if member.leaving else "collateral"
         member.emit(Failed, error=f"{type(error).__name__}: {error}"[:2000], cause=outcome == "failed")
         if isinstance(error, Exception):
             raise

@@ -26,14 +26,14 @@ async def register(client: Client) -> None:
     PlacementError
         If the scheduler takes no plugins.
     """
-    scheduler = client.scheduler.address
+    scheduler = client.scheduler_info().get("id")  # another one may have come up at the same address
     if _registered.get(client) == scheduler:
         return
     try:
         await client.register_plugin(arbiter.Arbiter(), name=arbiter.OPERATION)
     except Exception as error:
         raise PlacementError(
-            f"the scheduler at {scheduler} refused the plugin that gives gangs their turns "
+            f"the scheduler at {client.scheduler.address} refused the plugin that gives gangs their turns "
             f"({type(error).__name__}: {error}). Allow it with the Dask configuration "
             "distributed.scheduler.pickle: true on the scheduler."
         ) from error
@@ -41,6 +41,16 @@ async def register(client: Client) -> None:
 
 
 async def ask(server: Any, method: str, **request: Any) -> dict[str, Any]:
-    """Ask the arbiter through `server`, a client or a worker (both hold an rpc to the scheduler)."""
-    answer: dict[str, Any] = await getattr(server.scheduler, arbiter.OPERATION)(method=method, **request)
+    """Ask the arbiter through `server`, a client or a worker (both hold an rpc to the scheduler).
+
+    Raises
+    ------
+    OSError
+        If the scheduler, or its arbiter, is not there any more.
+    """
+    if server.scheduler is None:
+        raise ConnectionAbortedError("the client is closed")
+    answer: dict[str, Any] | None = await getattr(server.scheduler, arbiter.OPERATION)(method=method, **request)
+    if answer is None:  # what a scheduler says to an operation that it does not know
+        raise ConnectionResetError(f"the scheduler at {server.scheduler.address} was restarted")
     return answer

@@ -52,7 +52,7 @@ class _Blocks(xgb.DataIter):  # type: ignore[misc]
         X, fields = split(partitions.take(self.member.worker, key), dict(self.spec.columns))
         X = recode(X, self.spec.categories)
         if self.prototype is None:
-            self.prototype = X[:0]
+            self.prototype = X[:0].copy()  # a view of a received buffer may be misaligned
         ready = {name: as_array(values) for name, values in fields.items() if name != "qid"}
         if "qid" in fields:
             qid = np.asarray(fields["qid"])

@@ -1,0 +1,71 @@
+"""The examples in docstrings, README and docs run as they stand."""
+
+import doctest
+import importlib
+import pkgutil
+import re
+from pathlib import Path
+from typing import Any
+
+import dask.array as da
+import numpy as np
+import pandas as pd
+import pytest
+from distributed import Client, LocalCluster
+
+import dask_bridges
+import dask_xgboost
+
+ROOT = Path(__file__).parents[2]
+
+
+def _modules() -> list[str]:
+    found = [
+        info.name
+        for package in (dask_bridges, dask_xgboost)
+        for info in pkgutil.walk_packages(package.__path__, f"{package.__name__}.")
+    ]
+    return ["dask_bridges", "dask_xgboost", *found]
+
+
+def _block(page: str, containing: str) -> str:
+    """The Python example of a page that contains a string."""
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
+    return next(block for block in blocks if containing in block)
+
+
+@pytest.fixture(scope="module")
+def client() -> Any:
+    with (
+        LocalCluster(n_workers=2, threads_per_worker=1, processes=False, dashboard_address=":0") as cluster,
+        Client(cluster) as client,
+    ):
+        yield client
+
+
+@pytest.mark.parametrize("name", _modules())
+def test_examples_in_docstrings_run(name: str) -> None:
+    module = importlib.import_module(name)
+    failed, _ = doctest.testmod(module, optionflags=doctest.ELLIPSIS)
+    assert failed == 0
+
+
+def test_the_readmes_example_trains(client: Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(0)
+    folder = tmp_path / "flights"
+    folder.mkdir()
+    for part in range(3):
+        table = pd.DataFrame({"distance": rng.random(300), "hour": rng.integers(0, 24, 300)})
+        table.assign(late=(table["hour"] > 17).astype("int8")).to_parquet(folder / f"{part}.parquet")
+    monkeypatch.chdir(tmp_path)
+    code = _block("README.md", "dask_xgboost.train").replace("Client() ", "current ")
+    names: dict[str, Any] = {"current": client}
+    exec(code, names)
+    assert ((names["late"].compute() > 0.5) == (names["df"]["late"].compute() == 1)).all()
+
+
+def test_the_bridge_in_the_docs_sums(client: Client) -> None:
+    names: dict[str, Any] = {"__name__": "__main__"}
+    exec(_block("docs/gangs.md", "def member(member, keys)"), names)
+    X = da.arange(100, chunks=7).reshape(-1, 1)
+    assert names["total"](client, X) == 4950
