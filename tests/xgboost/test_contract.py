@@ -3,12 +3,12 @@
 from typing import Any
 
 import numpy as np
+import xgboost as xgb
 from distributed import Client
+from xgboost import collective
 
 import dask_xgboost
-import xgboost as xgb
 from dask_bridges.testing.contract import BridgeContract
-from xgboost import collective
 
 PARAMS = {"objective": "binary:logistic", "max_depth": 3, "eta": 0.5}
 

@@ -11,10 +11,10 @@ from pathlib import Path
 import dask
 import pandas as pd
 import pytest
+import xgboost as xgb
 from click.testing import CliRunner
 from distributed import Client
 
-import xgboost as xgb
 from dask_bridges import PlacementError
 from dask_bridges.ui.cli import bridges
 from dask_xgboost.demo import flights

@@ -115,6 +115,8 @@ class Arbiter(SchedulerPlugin):  # type: ignore[misc]
         asked = self.gangs.get(gang)
         if asked is None:
             asked = self.gangs[gang] = _Gang(gang, client, request)
+            # The client's own subscription takes another road and may come after a first loss.
+            self.scheduler.subscribe_topic(asked.topic, client)
             self.grant()
         gone = self._gone(asked)
         if not gone:

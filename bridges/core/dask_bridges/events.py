@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import threading
 import time
 from collections.abc import Callable
 from typing import Any, ClassVar
@@ -145,8 +146,9 @@ def from_message(message: dict[str, Any]) -> Event | None:
 class EventStream:
     """All events of one gang, in the order the client saw them.
 
-    Everything happens on the client's event loop; listeners are called there and
-    must not block. One that raises is reported and dropped.
+    Listeners are called on the client's event loop and must not block; only the
+    past is told to a new one where it is attached. One that raises is reported and
+    dropped.
 
     Parameters
     ----------
@@ -168,29 +170,33 @@ class EventStream:
         self.attempt = 1
         self.events: list[Event] = []
         self._listeners: list[Listener] = []
+        self._lock = threading.RLock()  # a synchronous client's user attaches from another thread
 
     def listen(self, listener: Listener) -> None:
         """Call `listener` with every event, those of the past first."""
-        for event in list(self.events):
-            listener(event)
-        self._listeners.append(listener)
+        with self._lock:
+            for event in list(self.events):
+                listener(event)
+            self._listeners.append(listener)
 
     def unlisten(self, listener: Listener) -> None:
         """Stop calling `listener`."""
-        if listener in self._listeners:
-            self._listeners.remove(listener)
+        with self._lock:
+            if listener in self._listeners:
+                self._listeners.remove(listener)
 
     def publish(self, event: Event) -> None:
         """Add an event of the present attempt and tell the listeners; stale ones are refused."""
         if event.gang != self.gang or event.attempt != self.attempt:
             return
-        self.events.append(event)
-        for listener in list(self._listeners):
-            try:
-                listener(event)
-            except Exception:
-                logger.exception("gang %s: a listener failed and is dropped", self.gang)
-                self.unlisten(listener)
+        with self._lock:
+            self.events.append(event)
+            for listener in list(self._listeners):
+                try:
+                    listener(event)
+                except Exception:
+                    logger.exception("[gang %s] a listener failed and is dropped", self.gang)
+                    self.unlisten(listener)
 
     def receive(self, stamped: tuple[float, Any]) -> None:
         """Handler for the gang's topic: `stamped` is Dask's (time, message)."""

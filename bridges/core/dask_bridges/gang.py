@@ -288,7 +288,7 @@ class Gang:
     async def _root_cause(
         self, raised: BaseException | None, futures: Sequence[Future], workers: tuple[str, ...]
     ) -> BaseException:
-        """Wait until all members have ended, then tell which failure came first and was no echo."""
+        """Wait until all members have ended, restart what does not, and tell which failure came first."""
         timeout = config.seconds("stop-timeout", self.plan.stop_timeout)
         reason = "a member failed" if raised is not None or self._lost.is_set() else "some members were late to start"
         try:
@@ -297,9 +297,30 @@ class Gang:
             settled = await turns.ask(self.client, "settle", gang=self.id, reason=reason, timeout=timeout)
         except OSError as gone:
             return MemberLost(f"{self.plan.label}: the scheduler is gone, and the members with it: {gone}")
+        cause = await self._first_cause(raised, settled, futures, workers)
         if settled["live"]:
-            stuck = ", ".join(f"{rank} on {workers[rank]}" for rank in settled["live"])
-            logger.warning("[gang %s] still running after %g s: member %s", self.id, timeout, stuck)
+            cause.add_note(await self._restart_stuck({rank: workers[rank] for rank in settled["live"]}, timeout))
+        return cause
+
+    async def _restart_stuck(self, stuck: dict[int, str], timeout: float) -> str:
+        """Restart the workers of members that do not end: nothing else ends a thread inside a framework."""
+        who = ", ".join(f"member {rank} on {worker}" for rank, worker in stuck.items())
+        try:
+            await self.client.restart_workers(list(stuck.values()), timeout=timeout, raise_for_error=False)
+            text = f"{who} had not ended after {timeout:g} s, so its worker was restarted"
+        except ValueError:
+            text = f"{who} had not ended after {timeout:g} s, and has no nanny that could restart its worker"
+        logger.warning("[gang %s] %s", self.id, text)
+        return text
+
+    async def _first_cause(
+        self,
+        raised: BaseException | None,
+        settled: dict[str, Any],
+        futures: Sequence[Future],
+        workers: tuple[str, ...],
+    ) -> BaseException:
+        """The failure that came first and was no echo of another."""
         outcomes: dict[int, str] = dict(settled["outcomes"])
         for rank, outcome in outcomes.items():
             if outcome in ("failed", "lost", "finished, then lost"):
@@ -344,13 +365,17 @@ class Gang:
         )
 
     async def _exception_of(self, future: Future) -> BaseException | None:
-        """The exception of a member's task, which arrives right after its farewell to the arbiter."""
+        """The exception of a member's task: right after its farewell to the arbiter, or lost with its worker."""
+        coming = asyncio.ensure_future(future.exception())
+        lost = asyncio.ensure_future(self._lost.wait())
         try:
-            error: BaseException | None = await asyncio.wait_for(future.exception(), 5)
-            traceback = await future.traceback()
-        except TimeoutError:
-            return None
-        return error.with_traceback(traceback) if error is not None else None
+            await asyncio.wait({coming, lost}, timeout=5, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({coming}, timeout=0.5)
+            error: BaseException | None = coming.result() if coming.done() else None
+            return error.with_traceback(await future.traceback()) if error is not None else None
+        finally:
+            coming.cancel()
+            lost.cancel()
 
     def _unplaced(self, rank: int, worker: str, raised: BaseException) -> BaseException:
         """A member that took no place: its task could not be run."""

@@ -107,6 +107,7 @@ class Member:
         self.world_size = len(spec.workers)
         self.worker = worker
         self.host: str = host_of(worker.address)
+        self.outcome = ""  # how it ended: finished, failed, collateral or lost; empty if it had no place
         self._step = 0
         self._stop_reason: str | None = None
         self._on_stop: list[Callable[[], Any]] = []
@@ -254,7 +255,7 @@ def _stop_members(worker: Worker, gang: str, reason: str) -> None:
 
 @contextlib.contextmanager
 def _registered(member: Member) -> Iterator[None]:
-    """Let the scheduler's word to stop reach the member, while it lives."""
+    """Let the scheduler's word to stop reach the member, while it lives; then tell the scheduler how it ended."""
     key = (member.worker.address, member.gang, member.rank)
     member.worker.stream_handlers.setdefault(arbiter.STOP, functools.partial(_stop_members, member.worker))
     _members[key] = member
@@ -262,6 +263,8 @@ def _registered(member: Member) -> Iterator[None]:
         yield
     finally:
         del _members[key]
+        if member.outcome:
+            member.leave(member.outcome)
 
 
 def run_member(spec: MemberSpec) -> Any:
@@ -270,35 +273,30 @@ def run_member(spec: MemberSpec) -> Any:
     secede()
     member = Member(spec, worker)
     with _registered(member):
-        try:
-            answer = member.ask("present", worker=worker.address)
-        except BaseException:
-            member.leave("failed")  # it may have been accepted, and hold its place
-            raise
+        member.outcome = "failed"  # where the answer is lost too: it may hold its place
+        answer = member.ask("present", worker=worker.address)
         if refused := answer.get("refused"):
+            member.outcome = ""
             raise StaleMember(f"{spec.label}: member {spec.rank} may not run here: {refused}")
         return _run_accepted(member)
 
 
 def _run_accepted(member: Member) -> Any:
-    outcome = "failed"
     try:
         member.exchange()
         member.emit(Started, worker=member.worker.address, host=member.host)
         result = member.spec.function(member, member.spec.payload)
         member.emit(Finished)
-        outcome = "finished"
+        member.outcome = "finished"
+        return result
     except BaseException as error:
         stopped = isinstance(error, MemberStopped) or member.stopping is not None
         if stopped or member.spec.collateral(error):
-            outcome = "lost" if member.leaving else "collateral"
-        member.emit(Failed, error=f"{type(error).__name__}: {error}"[:2000], cause=outcome == "failed")
+            member.outcome = "lost" if member.leaving else "collateral"
+        member.emit(Failed, error=f"{type(error).__name__}: {error}"[:2000], cause=member.outcome == "failed")
         if isinstance(error, Exception):
             raise
         raise _guarded(member, error) from None
-    finally:
-        member.leave(outcome)
-    return result
 
 
 def _guarded(member: Member, error: BaseException) -> MemberFailed:

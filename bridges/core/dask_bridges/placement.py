@@ -115,11 +115,11 @@ def _choose(there: Sequence[WorkerInfo], workers: str | Iterable[str] | None) ->
             f"workers={missing} are not in the cluster; there are "
             + ", ".join(f"{info.address} (name {info.name})" for info in there)
         )
-    return [by_name[name] for name in dict.fromkeys(wanted)]
+    return list(dict.fromkeys(by_name[name] for name in wanted))
 
 
 async def check_packages(client: Client, workers: Sequence[str], packages: Sequence[str], remedy: str = "") -> None:
-    """See that the workers have `packages`, in the client's versions. Each worker is asked once.
+    """See that the workers have `packages`, in the client's versions. One that has is not asked again.
 
     Raises
     ------
@@ -127,12 +127,15 @@ async def check_packages(client: Client, workers: Sequence[str], packages: Seque
         Naming worker, package, and both versions.
     """
     known = _probed.setdefault(client, {})
-    new = [w for w in workers if any((w, package) not in known for package in packages)]
+    here = {package: getattr(importlib.import_module(package), "__version__", "") for package in packages}
+    new = [w for w in workers if any(known.get((w, p), {}).get("version") != here[p] for p in packages)]
     if new:
-        for worker, found in (await client.run(probe.look, tuple(packages), workers=new)).items():
+        answers = await client.run(probe.look, tuple(packages), workers=new, on_error="return")
+        for worker, found in answers.items():
+            if isinstance(found, Exception):
+                raise PlacementError(f"worker {worker} does not say what is installed there: {found}") from found
             for package in packages:
                 known[worker, package] = {**found[package], "python": found["python"]}
-    here = {package: getattr(importlib.import_module(package), "__version__", "") for package in packages}
     for worker in workers:
         for package in packages:
             _check_one(worker, package, here[package], known[worker, package], remedy)

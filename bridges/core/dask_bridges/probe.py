@@ -15,6 +15,7 @@ __all__ = ["look"]
 
 def _versions(packages: tuple[str, ...]) -> dict[str, Any]:
     found: dict[str, Any] = {"python": sys.executable}
+    importlib.invalidate_caches()  # what was missing may have been installed since
     for package in packages:
         try:
             found[package] = {"version": getattr(importlib.import_module(package), "__version__", "")}

@@ -34,8 +34,14 @@ def sealed_task(key: Any, function: Callable[..., Any], *fixed: Any, inputs: tup
     inputs : tuple of TaskRef
         What the task depends on.
     """
-    call = Task(None, pickle.loads, dumps(functools.partial(function, *fixed)))
+    call = Task(None, pickle.loads, _pickled(functools.partial(function, *fixed)))
     return Task(key, operator.call, call, *inputs)
+
+
+def _pickled(call: functools.partial[Any]) -> bytes:
+    """As Dask pickles; modules that the user registered by value are found however deep in the arguments."""
+    by_value = [name for name in cloudpickle.list_registry_pickle_by_value() if not name.startswith("dask_bridges.")]
+    return bytes(cloudpickle.dumps(call) if by_value else dumps(call))
 
 
 def _open_and_call(sealed_function: bytes, *args: Any, **kwargs: Any) -> Any:
@@ -90,4 +96,4 @@ class sealed:  # noqa: N801 - used like a function
         return "sealed", self.call.func, self.call.args, self.call.keywords
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return functools.partial, (_ByValue(), dumps(self.call))
+        return functools.partial, (_ByValue(), _pickled(self.call))

@@ -18,12 +18,13 @@ FIELDS = ("label", "weight", "base_margin", "qid", "label_lower_bound", "label_u
 
 @dataclass(frozen=True)
 class FieldInfo:
-    """Range of a numeric field in one partition; `bad` counts NaN and infinite values."""
+    """Range of a numeric field in one partition; `bad` counts NaN and infinite values, `missing` NaN."""
 
     low: float
     high: float
     whole: bool
     bad: int
+    missing: int = 0
 
 
 @dataclass(frozen=True)
@@ -90,17 +91,18 @@ def inspect(part: Part, columns: tuple[tuple[str, str], ...] = ()) -> BlockInfo:
 def _range(values: Any) -> FieldInfo:
     values = np.asarray(values, dtype="float64")
     finite = np.isfinite(values)
+    missing = int(np.isnan(values).sum())
     if not finite.any():
-        return FieldInfo(np.inf, -np.inf, True, int(values.size))
+        return FieldInfo(np.inf, -np.inf, True, int(values.size), missing)
     good = values[finite]
     whole = bool((good == np.floor(good)).all())
-    return FieldInfo(float(good.min()), float(good.max()), whole, int((~finite).sum()))
+    return FieldInfo(float(good.min()), float(good.max()), whole, int((~finite).sum()), missing)
 
 
 def _categories(X: Any) -> dict[str, Any]:
     if not hasattr(X, "dtypes") or not hasattr(X, "columns"):
         return {}
-    return {str(name): X[name].cat.categories for name in X.columns if X[name].dtype == "category"}
+    return {name: X[name].cat.categories for name in X.columns if X[name].dtype == "category"}
 
 
 def recode(X: Any, categories: Mapping[str, Any]) -> Any:
@@ -110,4 +112,8 @@ def recode(X: Any, categories: Mapping[str, Any]) -> Any:
         for name, wanted in categories.items()
         if not X[name].cat.categories.equals(wanted)
     }
-    return X.assign(**changed) if changed else X
+    if changed:
+        X = X.copy(deep=False)
+        for name, column in changed.items():
+            X[name] = column
+    return X

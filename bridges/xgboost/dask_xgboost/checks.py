@@ -10,7 +10,7 @@ import numpy as np
 from dask_bridges.errors import DataError
 from dask_xgboost.blocks import BlockInfo
 
-__all__ = ["check_columns", "check_groups", "check_labels", "check_params"]
+__all__ = ["check_array", "check_columns", "check_field", "check_groups", "check_labels", "check_params"]
 
 _GLOBAL_ONLY = {
     "booster": {"gblinear": "it updates one weight vector in place; use gbtree or dart"},
@@ -64,6 +64,37 @@ def check_columns(role: str, meta: Any) -> None:
         raise DataError(f"column {name!r} of {role} has dtype {dtype}, which XGBoost cannot train on: {remedy}")
 
 
+def check_array(role: str, dtype: Any) -> None:
+    """Refuse arrays of text, dates and the like.
+
+    Raises
+    ------
+    DataError
+        Naming dtype and remedy.
+    """
+    if dtype is not None and np.dtype(dtype).kind not in "biufO":
+        raise DataError(f"{role} has dtype {dtype}, which XGBoost cannot train on: make numbers of it, or drop it")
+
+
+def check_field(name: str, meta: Any) -> None:
+    """Refuse labels, weights and so on that are no numbers, by the dtypes Dask declares.
+
+    Raises
+    ------
+    DataError
+        Naming field, dtype and remedy.
+    """
+    import pandas as pd
+
+    dtypes = [meta.dtype] if hasattr(meta, "dtype") else list(getattr(meta, "dtypes", []))
+    for dtype in dtypes:
+        if isinstance(dtype, pd.CategoricalDtype) or not pd.api.types.is_numeric_dtype(dtype):
+            raise DataError(
+                f"{name} has dtype {dtype}, and numbers are wanted: for classes, their codes, such as "
+                "frame.astype({'the column': 'category'}).categorize() and then .cat.codes of it"
+            )
+
+
 def _is_nested(dtype: Any) -> bool:
     import pandas as pd
 
@@ -98,6 +129,10 @@ def check_labels(role: str, params: Mapping[str, Any], infos: Sequence[BlockInfo
             where = f"partition {index} of {role}: {name}"
             if found.bad and name != "base_margin" and not name.startswith("label_"):
                 raise DataError(f"{where} has {found.bad} missing or infinite values; drop those rows")
+            if found.missing and name.startswith("label_"):
+                raise DataError(
+                    f"{where} has {found.missing} missing values; drop those rows (a bound may be infinite)"
+                )
             if name == "weight" and found.low < 0:
                 raise DataError(f"{where} goes down to {found.low:g}; weights are 0 or more")
             if name == "label" and found.low <= found.high:

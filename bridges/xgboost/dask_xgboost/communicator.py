@@ -10,12 +10,12 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
+from xgboost import collective, core
 from xgboost.core import XGBoostError
 from xgboost.tracker import RabitTracker
 
 from dask_bridges.errors import PlacementError
 from dask_bridges.member import Member
-from xgboost import collective, core
 
 __all__ = ["capture_log", "communicator", "is_collective_error", "port_range"]
 
@@ -83,7 +83,8 @@ class _Tracker:
                 tracker.start()
                 return tracker
             except (XGBoostError, socket.gaierror) as error:
-                reasons.append(str(error).partition("\nStack trace")[0].strip())
+                innermost = str(error).partition("\nStack trace")[0].strip().splitlines()[-1]
+                reasons.append(innermost.rpartition("]: ")[2])
         where = f"port {ports[0]}" if len(ports) == 1 else f"ports {ports[0]} to {ports[-1]}"
         raise PlacementError(
             f"XGBoost's tracker could not listen on {host}, {where if ports[0] else 'any port'}: {reasons[-1]}. "

@@ -145,14 +145,26 @@ class DMatrix:
             )
         self.feature_names, self.feature_types = self._name_features(options)
         others = {name: value for name, value in given.items() if name not in self.columns}
+        for name, column in self.columns.items():
+            checks.check_field(f"{name}={column!r}", X._meta[column])
+        for name, value in others.items():
+            if partitions.is_frame(value):
+                checks.check_field(name, value._meta)
         self._prepared: partitions.Prepared | None = partitions.prepare(client, {"X": X, **others})
         self._loaded: partitions.Partitions | None = None
 
     def _name_features(self, options: MatrixOptions) -> tuple[list[str] | None, list[str] | None]:
+        for name in ("feature_names", "feature_types", "feature_weights"):
+            given = getattr(options, name)
+            if given is not None and len(given) != self.num_features:
+                raise DataError(f"{name} has {len(given)} entries for the {self.num_features} features of {self.role}")
         if not partitions.is_frame(self.source):
+            checks.check_array(self.role, self.source.dtype)
             names, types = options.feature_names, options.feature_types
             return None if names is None else [str(name) for name in names], None if types is None else list(types)
         checks.check_columns(self.role, self.features)
+        if self.role == "X" and (options.feature_names is not None or options.feature_types is not None):
+            raise DataError("X is a dataframe, whose columns have names and types: rename or convert those")
         if not options.enable_categorical:
             _refuse_categoricals(self.features)
         return [str(name) for name in self.features.columns], None
@@ -257,7 +269,7 @@ class DMatrix:
 
 def _label(y: Any, label: Any) -> Any:
     if isinstance(y, (int, np.integer)) and not isinstance(y, bool):
-        raise DataError(f"y={y!r} is a number, not labels; for the number of rounds pass num_boost_round={y!r}")
+        raise DataError(f"y={y} is a number, not labels; for the number of rounds pass num_boost_round={y}")
     if y is not None and label is not None:
         raise DataError("y and label are the same thing: pass one of them")
     return label if y is None else y

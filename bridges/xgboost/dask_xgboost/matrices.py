@@ -7,8 +7,8 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-
 import xgboost as xgb
+
 from dask_bridges import partitions
 from dask_bridges.member import Member
 from dask_xgboost.blocks import as_array, recode, split

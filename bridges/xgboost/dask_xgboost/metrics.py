@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-
 import xgboost as xgb
 from xgboost import collective
 
@@ -121,7 +120,10 @@ _AREA = {"auc": roc_auc, "aucpr": pr_auc}
 
 
 def area(name: str, predictions: Any, matrix: xgb.DMatrix) -> float:
-    """`name` over the rows of all ranks: binary, or one class against the rest weighted by prevalence."""
+    """`name` over the rows of all ranks: binary, or the mean over classes, each against the rest.
+
+    As in XGBoost, classes count by their prevalence for ``auc``, and alike for ``aucpr``.
+    """
     labels, weight = matrix.get_label(), matrix.get_weight()
     weight = np.asarray(weight if weight.size else np.ones(len(labels)), dtype="float64")
     if predictions.ndim == 1:
@@ -131,7 +133,7 @@ def area(name: str, predictions: Any, matrix: xgb.DMatrix) -> float:
         tp, fp = _merged(predictions[:, index], (labels == index).astype("float64"), weight)
         values.append(_AREA[name](tp, fp))
         prevalence.append(tp.sum())
-    return float(np.average(values, weights=prevalence))
+    return float(np.average(values, weights=prevalence if name == "auc" else None))
 
 
 class GlobalMetrics:
@@ -141,21 +143,40 @@ class GlobalMetrics:
     ----------
     exact : dict
         (id of matrix, metric) -> value of this round; XGBoost itself rounds to six decimals.
+    model : xgboost.Booster
+        What is trained; set before the first round.
     """
 
-    def __init__(self, areas: Sequence[str], user: Metric | None) -> None:
+    def __init__(self, areas: Sequence[str], user: Metric | None, classes: int = 0, from_margins: bool = False) -> None:
         self.areas = tuple(areas)
         self.user = user
+        self.classes = classes
+        self.from_margins = from_margins
+        self.model: Any = None
         self.exact: dict[tuple[int, str], float] = {}
         self._roots: dict[int, tuple[int, list[str]]] = {}
 
     def __call__(self, predictions: Any, matrix: xgb.DMatrix) -> list[tuple[str, float]]:
         """Values of all metrics, the same on every rank."""
-        values = [(name, area(name, predictions, matrix)) for name in self.areas]
+        scores = self._scores(predictions, matrix) if self.areas else None
+        values = [(name, area(name, scores, matrix)) for name in self.areas]
         if self.user is not None:
             values += self._average(predictions, matrix)
         self.exact.update({(id(matrix), name): value for name, value in values})
         return values
+
+    def _scores(self, predictions: Any, matrix: xgb.DMatrix) -> Any:
+        """What areas are computed from: with several classes their probabilities, a row each, also for no rows.
+
+        ``multi:softmax`` predicts labels, and custom objectives margins.
+        """
+        if not self.classes:
+            return predictions
+        if self.from_margins:
+            margins = self.model.predict(matrix, output_margin=True).reshape(-1, self.classes)
+            powers = np.exp(margins - margins.max(axis=1, keepdims=True))
+            predictions = powers / powers.sum(axis=1, keepdims=True)
+        return predictions.reshape(-1, self.classes)
 
     def _average(self, predictions: Any, matrix: xgb.DMatrix) -> list[tuple[str, float]]:
         """The user's metric, by weight (or rows). A rank without rows is not asked."""

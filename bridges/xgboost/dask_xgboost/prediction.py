@@ -8,9 +8,9 @@ from typing import Any
 
 import dask
 import numpy as np
+import xgboost as xgb
 from distributed import Client
 
-import xgboost as xgb
 from dask_bridges import partitions
 from dask_bridges.errors import DataError
 from dask_bridges.shipping import sealed
@@ -70,7 +70,8 @@ def predict(
         Or an XGBoost scikit-learn model, whose booster is used.
     data : dask array, dask dataframe, numpy array, scipy.sparse matrix or pandas dataframe
         Shape (rows, features). Of a dataframe exactly the model's features.
-        Categories the model has not seen count as missing, as in XGBoost.
+        Categories may be coded otherwise than in training; one the model
+        has not seen is an error, as in XGBoost.
     output_margin, pred_leaf, pred_contribs, approx_contribs, pred_interactions : bool
     validate_features, iteration_range, strict_shape : optional
         As in `xgboost.Booster.predict`.
@@ -168,9 +169,13 @@ def _predict_array(node: Any, booster: xgb.Booster, data: Any, margin: Any, opti
     aligned = partitions.align(inputs)
     sample = _sample(booster, data, options, margin)
     axes = tuple(range(2, 1 + sample.ndim))
-    operands = [(block, (0, *(-axis for axis in range(1, block.ndim)))) for block in aligned.values()]
+    # Rows are axis 0 of all; no other axis is shared.
+    operands = [
+        (block, (0, *(-10 * number - axis for axis in range(1, block.ndim))))
+        for number, block in enumerate(aligned.values())
+    ]
     return da.blockwise(
-        sealed(predict_block, options=options),
+        sealed(predict_block, options=options, shape=sample.shape[1:]),
         (0, *axes),
         *(item for pair in operands for item in pair),
         booster=node,
@@ -195,7 +200,7 @@ def _predict_frame(node: Any, booster: xgb.Booster, data: Any, margin: Any, opti
         extra = [m.to_delayed() for m in margins]
         arrays = [
             da.from_delayed(
-                dask.delayed(sealed(predict_block, options=options))(*parts, booster=node),
+                dask.delayed(sealed(predict_block, options=options, shape=sample.shape[1:]))(*parts, booster=node),
                 (math.nan, *sample.shape[1:]),
                 dtype=sample.dtype,
             )
@@ -206,8 +211,9 @@ def _predict_frame(node: Any, booster: xgb.Booster, data: Any, margin: Any, opti
     meta: Any = pd.Series(np.empty(0, sample.dtype), index=index)
     if sample.ndim == 2:
         meta = pd.DataFrame(np.empty((0, sample.shape[1]), sample.dtype), index=index)
+    function = sealed(predict_block, options=options, shape=sample.shape[1:], like_input=True)
     return data.map_partitions(
-        sealed(predict_block, options=options, like_input=True), *margins, booster=node, meta=meta,
+        function, *margins, booster=node, meta=meta,
         align_dataframes=False, enforce_metadata=False, clear_divisions=False,
     )  # fmt: skip
 
@@ -220,11 +226,23 @@ def _frame_of(array: Any, data: Any) -> Any:
 
 
 def predict_block(
-    X: Any, base_margin: Any = None, *, booster: xgb.Booster, options: _Options, like_input: bool = False
+    X: Any,
+    base_margin: Any = None,
+    *,
+    booster: xgb.Booster,
+    options: _Options,
+    shape: tuple[int, ...] | None = None,
+    like_input: bool = False,
 ) -> Any:
-    """Predict one block; `like_input` gives pandas for pandas, with its index."""
+    """Predict one block; `like_input` gives pandas for pandas, with its index.
+
+    `shape` is what a row gives, which XGBoost does not tell of a block without rows.
+    """
     margin = None if base_margin is None else np.asarray(base_margin)
-    values = _values(booster, X, margin, options)
+    if shape is not None and not X.shape[0]:
+        values = np.empty((0, *shape), dtype="float32")
+    else:
+        values = _values(booster, X, margin, options)
     if not like_input or not hasattr(X, "iloc"):
         return values
     import pandas as pd

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import xgboost as xgb
+
 from dask_bridges.member import Member
 from dask_xgboost.communicator import capture_log, communicator
 from dask_xgboost.dmatrix import MatrixSpec
@@ -97,7 +98,7 @@ def _boost(member: Member, loop: Loop, matrix: Any, evals: list[tuple[Any, str]]
         areas = [name for name in wanted if name in AREAS]
     custom = loop.custom_metric
     if areas or (custom is not None and member.world_size > 1):
-        custom = GlobalMetrics(areas, custom)
+        custom = _global_metrics(areas, loop)
     history: dict[str, Any] = {}
     booster = xgb.train(
         _without(params, wanted, areas),
@@ -114,9 +115,16 @@ def _boost(member: Member, loop: Loop, matrix: Any, evals: list[tuple[Any, str]]
         xgb_model=None if loop.xgb_model is None else bytearray(loop.xgb_model),
     )
     if areas:
-        booster.set_param({"disable_default_eval_metric": params.get("disable_default_eval_metric", 0)})
+        default = params.get("disable_default_eval_metric", 0)
+        booster.set_param([("disable_default_eval_metric", default), *(("eval_metric", name) for name in areas)])
     plain = {name: {m: [float(v) for v in values] for m, values in log.items()} for name, log in history.items()}
     return booster, plain
+
+
+def _global_metrics(areas: list[str], loop: Loop) -> GlobalMetrics:
+    objective, classes = loop.params.get("objective"), int(loop.params.get("num_class", 0))
+    margins = str(objective).startswith("multi:") and (objective != "multi:softprob" or loop.obj is not None)
+    return GlobalMetrics(areas, loop.custom_metric, classes if classes > 1 else 0, margins)
 
 
 def metric_names(params: dict[str, Any]) -> list[str]:
@@ -144,24 +152,37 @@ class _Report(xgb.callback.TrainingCallback):  # type: ignore[misc]
         self.total = total
         self.wanted = wanted
         self.evals = evals
-        self.exact = custom.exact if isinstance(custom, GlobalMetrics) else {}
+        self.metrics = custom if isinstance(custom, GlobalMetrics) else None
 
     def before_iteration(self, model: Any, epoch: int, evals_log: Any) -> bool:
         """Ranks that were asked to stop end here."""
         self.member.check()
+        if self.metrics is not None:
+            self.metrics.model = model
         return False
 
     def after_iteration(self, model: Any, epoch: int, evals_log: Any) -> bool:
         """Early stopping looks at the last metric of the last set, so their order counts."""
-        for matrix, name in self.evals:
-            log = evals_log.get(name, {})
-            for metric in [*(m for m in self.wanted if m in log), *(m for m in log if m not in self.wanted)]:
-                log.move_to_end(metric)
-                if (id(matrix), metric) in self.exact:
-                    log[metric][-1] = self.exact[id(matrix), metric]
+        if self.metrics is not None:
+            for matrix, name in self.evals:
+                log = evals_log.get(name, {})
+                for metric in _in_order(self.wanted, list(log), self.metrics.areas):
+                    log.move_to_end(metric)
+                    log[metric][-1] = self.metrics.exact.get((id(matrix), metric), log[metric][-1])
         if self.member.rank == 0:
             newest = {f"{name}-{m}": v[-1] for name, log in evals_log.items() for m, v in log.items()}
             if newest:
                 self.member.metrics(epoch, newest)
             self.member.progress(epoch + 1, self.total)
         return False
+
+
+def _in_order(wanted: Sequence[str], found: Sequence[str], areas: Sequence[str]) -> list[str]:
+    """The metrics found, in the order of ``eval_metric``; then the user's own.
+
+    >>> _in_order(["auc", "error@0.5", "logloss"], ["error", "logloss", "auc", "mine"], ["auc"])
+    ['auc', 'error', 'logloss', 'mine']
+    """
+    others = iter([name for name in found if name not in areas])  # XGBoost renames some: "error@0.5" is "error"
+    ordered = [name if name in areas else next(others, "") for name in dict.fromkeys(wanted)]
+    return [name for name in [*ordered, *others] if name in found]

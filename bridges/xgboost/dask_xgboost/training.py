@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import xgboost as xgb
 from dask.utils import format_bytes
 from distributed import Client
 
-import xgboost as xgb
 from dask_bridges import clients, config, placement
 from dask_bridges.errors import DataError
 from dask_bridges.gang import Gang, GangPlan
@@ -89,6 +90,7 @@ def train(
     evals : sequence of (what, name), optional
         `what` is a `DMatrix`, a dataframe that holds the same label column, or a
         tuple ``(X, y)`` or ``(X, y, weight)``; `X` itself stands for the training set.
+        Weights that are a column of `X` are taken where `what` has that column.
     evals_result : dict, optional
         Filled with ``{name: {metric: [value, ...]}}``. Values are those of all rows:
         ``auc`` and ``aucpr`` from the scores of all workers, a custom metric's
@@ -175,8 +177,10 @@ def train(
         tracker_port=config.get("xgboost.tracker-port", tracker_port),
     )
     port_range(loop.tracker_port)
+    if early_stopping_rounds and not evals:
+        raise DataError("early_stopping_rounds needs rows to look at: pass evals=[(what, name)]")
     training = _Training(
-        client, loop, matrix, _evals(client, evals or (), X, matrix, given, options),
+        client, loop, matrix, _evals(client, evals or (), X, matrix, given),
         workers=workers, timeout=timeout, exclusive=exclusive,
     )  # fmt: skip
     listeners: list[Any] = [RoundPrinter(verbose_eval)] if verbose_eval else []
@@ -200,9 +204,9 @@ def _evals(
     X: Any,
     matrix: DMatrix,
     given: dict[str, Any],
-    options: MatrixOptions,
 ) -> list[tuple[DMatrix, str]]:
     """A matrix for each evaluation set; the training matrix itself where that is meant."""
+    options = dataclasses.replace(matrix.options, feature_weights=None)
     sets: list[tuple[DMatrix, str]] = []
     for entry in evals:
         if not (isinstance(entry, tuple) and len(entry) == 2 and isinstance(entry[1], str)):
@@ -218,6 +222,8 @@ def _evals(
         if isinstance(what, tuple):
             what, *rest = what
             fields = {**fields, **dict(zip(("label", "weight"), rest))}
+        if isinstance(fields.get("weight"), str) and fields["weight"] not in getattr(what, "columns", ()):
+            fields = {field: value for field, value in fields.items() if field != "weight"}
         other = _matrix(client, what, {} if isinstance(what, DMatrix) else dict(fields), options, role)
         _check_features(matrix, other, role)
         sets.append((other, name))

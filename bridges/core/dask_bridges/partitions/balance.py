@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import bisect
+import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
@@ -71,15 +73,30 @@ def _fill_empty(rows: Sequence[int], chosen: list[str], load: dict[str, int]) ->
 
 def _even_out(rows: Sequence[int], chosen: list[str], load: dict[str, int], limit: float) -> None:
     """Move parts from the fullest worker to the emptiest while that lowers the fullest."""
+    held: dict[str, list[tuple[int, int]]] = {worker: [] for worker in load}
+    for part, worker in enumerate(chosen):
+        if rows[part]:
+            held[worker].append((rows[part], -part))
+    for parts in held.values():
+        parts.sort()
     while True:
         fullest, emptiest = max(load, key=load.__getitem__), min(load, key=load.__getitem__)
         gap = load[fullest] - load[emptiest]
-        if load[fullest] <= limit:
+        at = _nearest(held[fullest], gap)
+        if load[fullest] <= limit or at is None:
             return
-        movable = [p for p, worker in enumerate(chosen) if worker == fullest and 0 < rows[p] < gap]
-        if not movable:
-            return
-        part = min(movable, key=lambda p: (abs(gap / 2 - rows[p]), p))
-        chosen[part] = emptiest
-        load[fullest] -= rows[part]
-        load[emptiest] += rows[part]
+        moved, part = held[fullest].pop(at)
+        bisect.insort(held[emptiest], (moved, part))
+        chosen[-part] = emptiest
+        load[fullest] -= moved
+        load[emptiest] += moved
+
+
+def _nearest(parts: Sequence[tuple[int, int]], gap: int) -> int | None:
+    """Where in `parts`, sorted, is the one whose rows are nearest to half of `gap` and below it."""
+    above = bisect.bisect_left(parts, (gap / 2, -math.inf))
+    if above < len(parts):  # of equal ones the earliest partition, which is the last here
+        above = bisect.bisect_right(parts, (parts[above][0], math.inf)) - 1
+    near = [at for at in (bisect.bisect_left(parts, (gap / 2, -math.inf)) - 1, above) if 0 <= at < len(parts)]
+    movable = [at for at in near if parts[at][0] < gap]
+    return min(movable, key=lambda at: abs(gap / 2 - parts[at][0]), default=None)

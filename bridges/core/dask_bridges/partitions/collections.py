@@ -79,9 +79,8 @@ def _like(lead_name: str, lead: Any, name: str, other: Any) -> Any:
         raise DataError(f"{lead_name} has {n_lead:.0f} rows and {name} has {n_other:.0f}: they must match row for row")
     if is_array(lead) and is_array(other) and not math.isnan(n_lead + n_other):
         return other.rechunk({0: lead.chunks[0]})
-    frames = is_frame(lead) and is_frame(other)
-    if lead.npartitions != other.npartitions and frames and lead.known_divisions and other.known_divisions:
-        return other.repartition(divisions=lead.divisions)
+    if is_frame(lead) and is_frame(other) and lead.known_divisions and other.known_divisions:
+        return _divided_like(lead_name, lead, name, other)
     if lead.npartitions != other.npartitions:
         raise DataError(
             f"{lead_name} has {lead.npartitions} partitions and {name} has {other.npartitions}, of unknown "
@@ -89,3 +88,19 @@ def _like(lead_name: str, lead: Any, name: str, other: Any) -> Any:
             f"(array.compute_chunk_sizes(), or frame.to_dask_array(lengths=True))"
         )
     return other
+
+
+def _divided_like(lead_name: str, lead: Any, name: str, other: Any) -> Any:
+    """A frame cut at the divisions of another; where their indices have nothing in common, by position."""
+    first, last = lead.divisions[0], lead.divisions[-1]
+    if lead.divisions == other.divisions:
+        return other
+    if (first, last) == (other.divisions[0], other.divisions[-1]):
+        return other.repartition(divisions=lead.divisions)
+    if lead.npartitions == other.npartitions:
+        return other
+    raise DataError(
+        f"the index of {lead_name} runs from {first} to {last} in {lead.npartitions} partitions and that of {name} "
+        f"from {other.divisions[0]} to {other.divisions[-1]} in {other.npartitions}, so their rows cannot be "
+        "matched: give them the same partitions, or the same index"
+    )

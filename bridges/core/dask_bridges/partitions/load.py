@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,16 +13,20 @@ from typing import Any
 import dask
 from dask._task_spec import TaskRef
 from dask.core import flatten
-from distributed import Client, Future
+from dask.highlevelgraph import HighLevelGraph
+from distributed import Client, Future, KilledWorker
 
 from dask_bridges import config
-from dask_bridges.errors import DataError
+from dask_bridges.errors import DataError, PlacementError
 from dask_bridges.partitions.balance import assign
 from dask_bridges.partitions.blocks import Inspect, PartInfo, cut, describe, join, pack
 from dask_bridges.partitions.collections import align, is_array, is_frame
 from dask_bridges.shipping import sealed, sealed_task
 
 __all__ = ["Partitions", "Prepared", "load", "prepare"]
+
+#: Seconds between looks at whether the workers that parts are moved to are still there.
+_LOOK_AGAIN = 2.0
 
 
 @dataclass(frozen=True)
@@ -129,6 +134,11 @@ class Partitions:
         """See that every part is on one of `workers`, and that these hold like numbers of rows.
 
         With `everywhere`, each worker gets rows if there are parts enough.
+
+        Raises
+        ------
+        PlacementError
+            If a worker leaves, or stays paused, while parts are moved to it.
         """
         await _done(self.futures)
         where = await client.scheduler.who_has(keys=[future.key for future in self.futures])
@@ -138,10 +148,11 @@ class Partitions:
         moved: dict[int, Future] = {
             part: _derive(client, self.futures[part], None, None, target)
             for part, target in enumerate(self.workers)
-            if target not in holders[part]
+            # One of several copies may be dropped at any time, so that one gets a key of its own.
+            if set(holders[part]) != {target}
         }
         if moved:
-            await _done(moved.values())
+            await _arrived(client, moved.values(), {self.workers[part] for part in moved})
             for part, future in moved.items():
                 self.futures[part] = future
 
@@ -159,6 +170,25 @@ async def _done(futures: Iterable[Future]) -> None:
     for error in await asyncio.gather(*(future.exception() for future in futures)):
         if error is not None:
             raise error
+
+
+async def _arrived(client: Client, parts: Iterable[Future], targets: set[str]) -> None:
+    """Wait for parts that are moved. A task pinned to a worker that is gone or paused would wait for ever."""
+    done = asyncio.ensure_future(_done(parts))
+    paused: dict[str, float] = {}  # since when
+    try:
+        while not (await asyncio.wait({done}, timeout=_LOOK_AGAIN))[0]:
+            there, now = (await client.scheduler.identity(n_workers=-1))["workers"], time.monotonic()
+            if gone := sorted(targets - set(there)):
+                raise PlacementError(f"workers {gone} left the cluster while data were moved to them")
+            paused = {w: paused.get(w, now) for w in sorted(targets) if there[w]["status"] == "paused"}
+            if any(now - since >= config.seconds("timeout") for since in paused.values()):
+                raise PlacementError(
+                    f"workers {[*paused]} are paused, so data cannot be moved to them: memory is short"
+                )
+        done.result()
+    finally:
+        done.cancel()
 
 
 async def load(
@@ -199,10 +229,14 @@ async def load(
     futures, infos = packed
     try:
         described = list(await client.gather(infos))
-    except Exception as error:
+        _check_rows(tuple(aligned), described)
+    except BaseException as error:
         failed = next((i for i, future in enumerate(infos) if future.status == "error"), 0)
+        for future in (*futures, *infos):  # now: the traceback, and who holds it, would keep the data on the workers
+            future.release()
+        if isinstance(error, DataError) or not isinstance(error, Exception):
+            raise
         raise await _blame(client, aligned, failed, error) from error
-    _check_rows(tuple(aligned), described)
     return Partitions(tuple(aligned), described, list(futures))
 
 
@@ -216,13 +250,18 @@ def _packed_graph(aligned: Mapping[str, Any]) -> tuple[dict[Any, Any], list[Any]
     arrays = {role: collection for role, collection in aligned.items() if is_array(collection)}
     graph: dict[Any, Any] = {}
     sources: list[list[Any]] = []
-    # Not dask.optimize for frames: it loses the order of partitions behind .loc (dask 2026.8).
-    together = [_pack_frames(frames)] if frames else []
-    for collection in (*together, *dask.optimize(*arrays.values())):
-        graph.update(collection.__dask_graph__())
-        sources.append(list(flatten(collection.__dask_keys__())))
+    # Not dask.optimize: it loses the order of a frame's partitions behind .loc, and reads the
+    # source of two arrays twice (dask 2026.8).
+    if frames:
+        together = _pack_frames(frames)
+        graph.update(together.__dask_graph__())
+        sources.append(list(flatten(together.__dask_keys__())))
     if not arrays:
         return graph, sources[0]
+    merged = HighLevelGraph.merge(*(array.__dask_graph__() for array in arrays.values()))
+    blocks_of = [list(flatten(array.__dask_keys__())) for array in arrays.values()]
+    graph.update(next(iter(arrays.values())).__dask_optimize__(merged, list(flatten(blocks_of))))
+    sources.extend(blocks_of)
     name = "dask-bridges-pack-" + dask.base.tokenize(*aligned.values(), tuple(aligned))
     keys = [(name, index) for index in range(len(sources[0]))]
     for index, key in enumerate(keys):
@@ -258,10 +297,11 @@ def _check_rows(roles: tuple[str, ...], infos: Sequence[PartInfo]) -> None:
             )
 
 
-async def _blame(client: Client, aligned: Mapping[str, Any], index: int, error: BaseException) -> DataError:
+async def _blame(client: Client, aligned: Mapping[str, Any], index: int, error: Exception) -> DataError:
     """Name the collection whose partition failed: computed apart, only the guilty one fails."""
-    if isinstance(error, DataError):
-        return error
+    if isinstance(error, KilledWorker):  # computing it again would cost as many workers again
+        index = error.task[1] if isinstance(error.task, tuple) else index
+        return DataError(f"partition {index} of {' or '.join(aligned)} could not be computed: {error}")
     apart = {role: client.compute(_partition(c, index)) for role, c in aligned.items()}
     outcomes = await asyncio.gather(*(future.exception() for future in apart.values()), return_exceptions=True)
     guilty = [role for role, outcome in zip(apart, outcomes) if outcome is not None]

@@ -167,13 +167,14 @@ class BridgeContract:
         assert set(bridges_client.scheduler_info(n_workers=-1)["workers"]) == before
 
     @pytest.mark.parametrize("rank", [0, 1])
-    def test_a_killed_worker_is_named_and_the_next_training_runs(self, bridges_client: Client, rank: int) -> None:
+    def test_a_killed_worker_is_named_and_the_next_training_runs(
+        self, bridges_doomed_client: Client, rank: int
+    ) -> None:
         X, y = make_data()
         with pytest.raises(MemberLost, match=f"member {rank} was lost") as caught:
-            self.train(bridges_client, X, y, fault=Fault(rank, 1, die), rounds=1000)
+            self.train(bridges_doomed_client, X, y, fault=Fault(rank, 1, die), rounds=1000)
         assert caught.value.worker in str(caught.value)
-        bridges_client.wait_for_workers(2, timeout=60)
-        self.check(self.train(bridges_client, X, y), X, y)
+        self.check(self.train(bridges_doomed_client, X, y), X, y)
 
     # Turns
 

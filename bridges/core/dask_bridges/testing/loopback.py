@@ -74,7 +74,7 @@ def train(
     y: Any,
     *,
     rounds: int = 1,
-    workers: Sequence[str] | None = None,
+    workers: str | Sequence[str] | None = None,
     fault: Callable[..., None] | None = None,
     exclusive: bool = True,
     timeout: float | str | None = None,
@@ -103,8 +103,8 @@ def train(
     prepared = partitions.prepare(client, {"X": X, "y": y})
 
     async def run() -> LoopbackResult:
-        await placement.usable_workers(client, workers, config.seconds("timeout", timeout))
-        parts = await partitions.load(client, prepared, workers=workers)
+        chosen = await placement.usable_workers(client, workers, config.seconds("timeout", timeout))
+        parts = await partitions.load(client, prepared, workers=workers and [w.address for w in chosen])
         usable = await placement.usable_workers(client, workers)
         await placement.check_packages(client, [w.address for w in usable], ["dask_bridges"])
         await parts.spread(client, [w.address for w in usable])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import sys
 from typing import Any
 
@@ -21,7 +23,15 @@ def _someone_looks() -> bool:
     """A terminal, or a notebook's kernel."""
     ipython = sys.modules.get("IPython")
     shell = ipython.get_ipython() if ipython is not None else None
-    return type(shell).__name__ == "ZMQInteractiveShell" or sys.stderr.isatty()
+    return type(shell).__name__ == "ZMQInteractiveShell" or (sys.stderr is not None and sys.stderr.isatty())
+
+
+def _size() -> dict[str, Any]:
+    """How large to draw: some terminals report no size at all, and tqdm would draw nothing."""
+    with contextlib.suppress(AttributeError, OSError):  # no terminal, or a console that is no file
+        if not os.get_terminal_size(sys.stderr.fileno()).columns:
+            return {"ncols": 80, "nrows": 24}
+    return {"dynamic_ncols": True}
 
 
 class ProgressBar:
@@ -59,7 +69,7 @@ class ProgressBar:
         if self._bar is None:
             from tqdm.auto import tqdm
 
-            self._bar = tqdm(total=event.total or None, desc=self.label, unit=event.unit, dynamic_ncols=True)
+            self._bar = tqdm(total=event.total or None, desc=self.label, unit=event.unit, **_size())
         self._bar.update(event.done - self._bar.n)
 
     def close(self) -> None:

@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
+import xgboost as xgb
 from dask.base import compute
 from dask.system import CPU_COUNT
 from distributed import Client
 
 import dask_xgboost
-import xgboost as xgb
 from dask_xgboost.demo.flights import FEATURES, LABEL, Flights
 
 __all__ = [
