@@ -59,6 +59,24 @@ def test_a_frames_parts_are_its_partitions(client: Client, source: Any) -> None:
         assert part["y"].tolist() == wanted["a"].tolist()
 
 
+def test_sets_prepared_together_hold_their_own_rows(client: Client) -> None:
+    whole = dd.from_pandas(TABLE, npartitions=8)
+    array = da.from_array(TABLE.to_numpy(), chunks=(9, 3))
+    frames = [source(whole) for source in SOURCES.values()]
+    sets = [{"X": frame, "y": frame["a"]} for frame in frames] + [{"X": array[20:]}]
+    sets.append({"X": whole, "y": da.from_array(TABLE["a"].to_numpy(), chunks=5)})
+    prepared = partitions.prepare_all(client, sets)
+    loaded = client.sync(partitions.load_all, client, [(some, None) for some in prepared])
+    for collections, parts in zip(sets, loaded):
+        held = [part["X"] for part in client.gather(parts.futures)]
+        if partitions.is_array(collections["X"]):
+            np.testing.assert_array_equal(np.concatenate(held), collections["X"].compute())
+        else:
+            wanted = client.gather(client.compute(list(collections["X"].to_delayed())))
+            for part, expected in zip(held, wanted):
+                pd.testing.assert_frame_equal(part.reset_index(), expected.reset_index())
+
+
 @pytest.mark.parametrize("persisted", [False, True])
 def test_an_arrays_parts_are_its_rows(client: Client, persisted: bool) -> None:
     whole = np.arange(120).reshape(40, 3)

@@ -399,14 +399,18 @@ def test_a_partition_with_other_columns_is_named(bridges_client: Client) -> None
     refused(bridges_client, r"partition 1 of X has columns \['z', 'b'\], not \['a', 'b'\]", df)
 
 
-def test_collections_of_one_source_read_it_once(bridges_client: Client, tmp_path: Path) -> None:
+@pytest.mark.parametrize("evals", [False, True], ids=["a training set", "with evaluation sets"])
+def test_collections_of_one_source_read_it_once(bridges_client: Client, tmp_path: Path, evals: bool) -> None:
     def read(part: int) -> pd.DataFrame:
         with (tmp_path / "reads").open("a") as log:
             log.write("x")
         return small(weight=1.0)[part * 30 : part * 30 + 30]
 
     df = dd.from_map(read, range(8), meta=small(weight=1.0)[:0])
-    booster = train(bridges_client, df[["a", "b"]], df.label, weight=df.weight)
+    sets = (
+        [((some[["a", "b"]], some.label), name) for name, some in (("few", df[df.a > 2]), ("all", df))] if evals else []
+    )
+    booster = train(bridges_client, df[["a", "b"]], df.label, weight=df.weight, evals=sets)
     assert len((tmp_path / "reads").read_text()) == 8
     assert_same(booster, small())
 

@@ -15,7 +15,7 @@ from dask_bridges.errors import DataError
 from dask_xgboost import checks
 from dask_xgboost.blocks import FIELDS, BlockInfo, inspect
 
-__all__ = ["DMatrix", "MatrixOptions", "MatrixSpec"]
+__all__ = ["DMatrix", "MatrixOptions", "MatrixSpec", "place", "prepare"]
 
 PACKAGES = ("dask_bridges", "dask_xgboost", "xgboost")
 
@@ -121,6 +121,7 @@ class DMatrix:
         values = (_label(y, label), weight, base_margin, qid, label_lower_bound, label_upper_bound)
         options = MatrixOptions(feature_weights, feature_names, feature_types, missing, enable_categorical)
         self._define(client, X, dict(zip(FIELDS, values)), options, role="X")
+        prepare(client, [self])
         if not client.asynchronous:
             clients.call(client, self.ready)
 
@@ -150,7 +151,8 @@ class DMatrix:
         for name, value in others.items():
             if partitions.is_frame(value):
                 checks.check_field(name, value._meta)
-        self._prepared: partitions.Prepared | None = partitions.prepare(client, {"X": X, **others})
+        self._collections = {"X": X, **others}
+        self._prepared: partitions.Prepared | None = None
         self._loaded: partitions.Partitions | None = None
 
     def _name_features(self, options: MatrixOptions) -> tuple[list[str] | None, list[str] | None]:
@@ -206,13 +208,7 @@ class DMatrix:
 
     async def ready(self, workers: Sequence[str] | None = None) -> DMatrix:
         """Compute and check the partitions, unless that is done."""
-        if self._loaded is None and self._prepared is not None:
-            names = [info.address for info in await placement.usable_workers(self.client, workers)]
-            await placement.check_packages(self.client, names, PACKAGES, remedy=' ("dask-bridges[xgboost]")')
-            look = functools.partial(inspect, columns=tuple(self.columns.items()))
-            self._loaded = await partitions.load(self.client, self._prepared, inspect=look, workers=workers and names)
-            self._prepared = None
-            self._check()
+        await place(self.client, [self], workers)
         return self
 
     def _check(self) -> None:
@@ -265,6 +261,32 @@ class DMatrix:
             feature_types=self.feature_types,
             options=self.options,
         )
+
+
+def prepare(client: Client, matrices: Sequence[DMatrix]) -> None:
+    """Align and optimise the collections of matrices that are not placed yet, in one graph, in the caller's thread.
+
+    Raises
+    ------
+    DataError
+        If the collections of a matrix do not match.
+    """
+    new = [matrix for matrix in matrices if matrix._loaded is None]
+    for matrix, prepared in zip(new, partitions.prepare_all(client, [matrix._collections for matrix in new])):
+        matrix._prepared = prepared
+
+
+async def place(client: Client, matrices: Sequence[DMatrix], workers: Sequence[str] | None) -> None:
+    """Compute and check the partitions of prepared matrices in one go; those that are placed stay as they are."""
+    new = [(matrix, matrix._prepared) for matrix in matrices if matrix._loaded is None and matrix._prepared is not None]
+    if not new:
+        return
+    names = [info.address for info in await placement.usable_workers(client, workers)]
+    await placement.check_packages(client, names, PACKAGES, remedy=' ("dask-bridges[xgboost]")')
+    sets = [(prepared, functools.partial(inspect, columns=tuple(matrix.columns.items()))) for matrix, prepared in new]
+    for (matrix, _), loaded in zip(new, await partitions.load_all(client, sets, workers=workers and names)):
+        matrix._loaded, matrix._prepared = loaded, None
+        matrix._check()
 
 
 def _label(y: Any, label: Any) -> Any:

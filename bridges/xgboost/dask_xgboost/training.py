@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import dataclasses
 import os
 import warnings
@@ -19,7 +18,7 @@ from dask_bridges.gang import Gang, GangPlan
 from dask_bridges.ui.progress import ProgressBar, wants_bar
 from dask_xgboost import checks
 from dask_xgboost.communicator import is_collective_error, port_range
-from dask_xgboost.dmatrix import PACKAGES, DMatrix, MatrixOptions, _label
+from dask_xgboost.dmatrix import PACKAGES, DMatrix, MatrixOptions, _label, place, prepare
 from dask_xgboost.rank import Loop, TrainResult, TrainSpec, train_rank
 from dask_xgboost.report import RoundPrinter
 
@@ -183,6 +182,7 @@ def train(
         client, loop, matrix, _evals(client, evals or (), X, matrix, given),
         workers=workers, timeout=timeout, exclusive=exclusive,
     )  # fmt: skip
+    prepare(client, training.matrices)
     listeners: list[Any] = [RoundPrinter(verbose_eval)] if verbose_eval else []
     if wants_bar(progress):
         listeners.append(ProgressBar("XGBoost"))
@@ -277,6 +277,11 @@ class _Training:
         self.timeout = timeout
         self.exclusive = exclusive
 
+    @property
+    def matrices(self) -> list[DMatrix]:
+        """The training matrix, and those of the evaluation sets, each once."""
+        return list({id(matrix): matrix for matrix in (self.matrix, *(matrix for matrix, _ in self.evals))}.values())
+
     async def run(self, listeners: Sequence[Any], evals_result: dict[str, Any] | None) -> xgb.Booster:
         """Place, train, and bring back rank 0's result."""
         ranks = await self._place()
@@ -302,9 +307,9 @@ class _Training:
     async def _place(self) -> list[str]:
         """The workers by rank: those that hold rows of the training set; all data moved to them."""
         timeout = config.seconds("timeout", self.timeout)
-        matrices = list({id(m): m for m in (self.matrix, *(m for m, _ in self.evals))}.values())
+        matrices = self.matrices
         await placement.usable_workers(self.client, self.workers, timeout)
-        await asyncio.gather(*(matrix.ready(self.workers) for matrix in matrices))
+        await place(self.client, matrices, self.workers)
         for matrix in matrices:
             if self.loop.obj is None:
                 checks.check_labels(matrix.role, self.loop.params, matrix.infos)
@@ -362,7 +367,7 @@ class _Training:
                 stacklevel=2,
             )
         for worker in workers:
-            parts = [m.parts for m in {id(m): m for m in (self.matrix, *(m for m, _ in self.evals))}.values()]
+            parts = [matrix.parts for matrix in self.matrices]
             # Binned, a matrix takes about as much again as its partitions; half of that with few bins.
             need = sum(p.nbytes_on(worker.address) for p in parts)
             free = worker.memory_limit - worker.memory

@@ -3,7 +3,7 @@
 from dask_bridges.partitions.balance import assign
 from dask_bridges.partitions.blocks import Part, PartInfo, rows_of, size_of, take
 from dask_bridges.partitions.collections import align, is_array, is_frame
-from dask_bridges.partitions.load import Partitions, Prepared, load, prepare
+from dask_bridges.partitions.load import Partitions, Prepared, load, load_all, prepare, prepare_all
 
 __all__ = [
     "Part",
@@ -15,7 +15,9 @@ __all__ = [
     "is_array",
     "is_frame",
     "load",
+    "load_all",
     "prepare",
+    "prepare_all",
     "rows_of",
     "size_of",
     "take",

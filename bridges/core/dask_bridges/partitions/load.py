@@ -23,7 +23,7 @@ from dask_bridges.partitions.blocks import Inspect, PartInfo, cut, describe, joi
 from dask_bridges.partitions.collections import align, is_array, is_frame
 from dask_bridges.shipping import sealed, sealed_task
 
-__all__ = ["Partitions", "Prepared", "load", "prepare"]
+__all__ = ["Partitions", "Prepared", "load", "load_all", "prepare", "prepare_all"]
 
 #: Seconds between looks at whether the workers that parts are moved to are still there.
 _LOOK_AGAIN = 2.0
@@ -38,7 +38,7 @@ class Prepared:
     aligned : dict
         The collections, by role.
     graph : dict
-        Low-level graph.
+        Low-level graph; the same one for all that were prepared together.
     keys : list
         Of the packed parts, by partition.
     """
@@ -62,10 +62,28 @@ def prepare(client: Client, collections: Mapping[str, Any]) -> Prepared:
     DataError
         If the collections cannot be aligned.
     """
+    return prepare_all(client, [collections])[0]
+
+
+def prepare_all(client: Client, sets: Sequence[Mapping[str, Any]]) -> list[Prepared]:
+    """`prepare` several sets of collections, in one graph: what they share is read once.
+
+    Parameters
+    ----------
+    client : Client
+    sets : sequence of mapping
+        Such as a training set and its evaluation sets; each is aligned by itself.
+
+    Returns
+    -------
+    list of Prepared
+        To be given to `load_all` together.
+    """
     # Optimising may compute a little metadata, which an asynchronous client cannot do for us here.
     with dask.config.set(scheduler="synchronous") if client.asynchronous else contextlib.nullcontext():
-        aligned = align(collections)
-        return Prepared(aligned, *_packed_graph(aligned))
+        aligned = [align(collections) for collections in sets]
+        graph, keys = _packed_graph(aligned)
+        return [Prepared(collections, graph, keys_) for collections, keys_ in zip(aligned, keys)]
 
 
 @dataclass
@@ -220,66 +238,112 @@ async def load(
         If a partition cannot be computed (named with its collection), or the rows
         of the collections differ.
     """
-    aligned, graph, keys = prepared.aligned, dict(prepared.graph), prepared.keys
-    name = "dask-bridges-describe-" + dask.base.tokenize(keys, inspect)
-    looks = [(name, index) for index in range(len(keys))]
-    graph.update({look: sealed_task(look, describe, inspect, inputs=(TaskRef(key),)) for look, key in zip(looks, keys)})
+    return (await load_all(client, [(prepared, inspect)], workers=workers))[0]
+
+
+async def load_all(
+    client: Client,
+    sets: Sequence[tuple[Prepared, Inspect | None]],
+    *,
+    workers: Iterable[str] | None = None,
+) -> list[Partitions]:
+    """`load` what `prepare_all` has prepared, each set with its own inspect function."""
+    graph: dict[Any, Any] = {}
+    wanted = []
+    for prepared, inspect in sets:
+        graph.update(prepared.graph)
+        name = "dask-bridges-describe-" + dask.base.tokenize(prepared.keys, inspect)
+        looks = [(name, index) for index in range(len(prepared.keys))]
+        for look, key in zip(looks, prepared.keys):
+            graph[look] = sealed_task(look, describe, inspect, inputs=(TaskRef(key),))
+        wanted.append([list(prepared.keys), looks])
     restriction = {} if workers is None else {"workers": list(workers), "allow_other_workers": False}
-    packed = client.get(graph, [list(keys), looks], sync=False, **restriction)
-    futures, infos = packed
+    packed = client.get(graph, wanted, sync=False, **restriction)
     try:
-        described = list(await client.gather(infos))
-        _check_rows(tuple(aligned), described)
+        described = await client.gather([infos for _, infos in packed])
+        for (prepared, _), infos in zip(sets, described):
+            _check_rows(tuple(prepared.aligned), infos)
     except BaseException as error:
-        failed = next((i for i, future in enumerate(infos) if future.status == "error"), 0)
-        for future in (*futures, *infos):  # now: the traceback, and who holds it, would keep the data on the workers
+        failed = next(
+            ((prepared.aligned, index) for (prepared, _), (_, infos) in zip(sets, packed)
+             for index, future in enumerate(infos) if future.status == "error"),
+            (sets[0][0].aligned, 0),
+        )  # fmt: skip
+        for future in flatten(packed):  # now: the traceback, and who holds it, would keep the data on the workers
             future.release()
         if isinstance(error, DataError) or not isinstance(error, Exception):
             raise
-        raise await _blame(client, aligned, failed, error) from error
-    return Partitions(tuple(aligned), described, list(futures))
+        raise await _blame(client, *failed, error) from error
+    return [
+        Partitions(tuple(prepared.aligned), list(infos), list(futures))
+        for (prepared, _), infos, (futures, _) in zip(sets, described, packed)
+    ]
 
 
-def _packed_graph(aligned: Mapping[str, Any]) -> tuple[dict[Any, Any], list[Any]]:
-    """One graph in which task i brings the i-th blocks of all collections together.
+def _packed_graph(sets: Sequence[Mapping[str, Any]]) -> tuple[dict[Any, Any], list[list[Any]]]:
+    """One graph in which a task a partition brings the blocks of a set's collections together; its keys by set.
 
     Frames are optimised as one expression and arrays as one graph, so that what
     they share is read once.
     """
-    frames = {role: collection for role, collection in aligned.items() if is_frame(collection)}
-    arrays = {role: collection for role, collection in aligned.items() if is_array(collection)}
-    graph: dict[Any, Any] = {}
-    sources: list[list[Any]] = []
-    # Not dask.optimize: it loses the order of a frame's partitions behind .loc, and reads the
-    # source of two arrays twice (dask 2026.8).
-    if frames:
-        together = _pack_frames(frames)
-        graph.update(together.__dask_graph__())
-        sources.append(list(flatten(together.__dask_keys__())))
-    if not arrays:
-        return graph, sources[0]
-    merged = HighLevelGraph.merge(*(array.__dask_graph__() for array in arrays.values()))
-    blocks_of = [list(flatten(array.__dask_keys__())) for array in arrays.values()]
-    graph.update(next(iter(arrays.values())).__dask_optimize__(merged, list(flatten(blocks_of))))
-    sources.extend(blocks_of)
-    name = "dask-bridges-pack-" + dask.base.tokenize(*aligned.values(), tuple(aligned))
-    keys = [(name, index) for index in range(len(sources[0]))]
-    for index, key in enumerate(keys):
-        # References, since a persisted block is no longer in the graph: the scheduler has it.
-        blocks = tuple(TaskRef(source[index]) for source in sources)
-        graph[key] = sealed_task(key, join, tuple(aligned), bool(frames), tuple(arrays), inputs=blocks)
+    frames = [{role: c for role, c in collections.items() if is_frame(c)} for collections in sets]
+    arrays = [{role: c for role, c in collections.items() if is_array(c)} for collections in sets]
+    graph, of_frames = _frames_graph([some for some in frames if some])
+    graph.update(_arrays_graph([array for some in arrays for array in some.values()]))
+    keys = []
+    for collections, some_frames, some_arrays in zip(sets, frames, arrays):
+        packed = [of_frames.pop(0)] if some_frames else []
+        if some_arrays:
+            sources = packed + [list(flatten(array.__dask_keys__())) for array in some_arrays.values()]
+            packed = [_join_all(graph, collections, bool(some_frames), tuple(some_arrays), sources)]
+        keys.append(packed[0])
     return graph, keys
 
 
-def _pack_frames(frames: Mapping[str, Any]) -> Any:
-    """One collection whose partitions are parts of the frames."""
+def _frames_graph(sets: Sequence[Mapping[str, Any]]) -> tuple[dict[Any, Any], list[list[Any]]]:
+    """The graph whose tasks pack the frames of each set, and the tasks' keys by set."""
+    if not sets:
+        return {}, []
     import dask.dataframe as dd
     import pandas as pd
 
     meta = pd.Series([], dtype=object)
-    return dd.map_partitions(
-        sealed(pack, tuple(frames)), *frames.values(), meta=meta, align_dataframes=False, enforce_metadata=False
-    ).optimize()
+    packs = [
+        dd.map_partitions(
+            sealed(pack, tuple(frames)), *frames.values(), meta=meta, align_dataframes=False, enforce_metadata=False
+        )
+        for frames in sets
+    ]
+    # Not dask.optimize: it loses the order of a frame's partitions behind .loc (dask 2026.8).
+    together = dask.base.collections_to_expr(packs).optimize()
+    keys = together.__dask_keys__() if len(packs) > 1 else [together.__dask_keys__()]
+    return dict(together.__dask_graph__()), [list(flatten(some)) for some in keys]
+
+
+def _arrays_graph(arrays: Sequence[Any]) -> dict[Any, Any]:
+    """The graph of all blocks. Not dask.optimize: it reads the source of two arrays twice (dask 2026.8)."""
+    if not arrays:
+        return {}
+    merged = HighLevelGraph.merge(*(array.__dask_graph__() for array in arrays))
+    keys = [key for array in arrays for key in flatten(array.__dask_keys__())]
+    return dict(arrays[0].__dask_optimize__(merged, keys))
+
+
+def _join_all(
+    graph: dict[Any, Any],
+    collections: Mapping[str, Any],
+    with_frames: bool,
+    arrays: tuple[str, ...],
+    sources: Sequence[Sequence[Any]],
+) -> list[Any]:
+    """Add the tasks that join the i-th blocks of all sources; their keys."""
+    name = "dask-bridges-pack-" + dask.base.tokenize(*collections.values(), tuple(collections))
+    keys = [(name, index) for index in range(len(sources[0]))]
+    for index, key in enumerate(keys):
+        # References, since a persisted block is no longer in the graph: the scheduler has it.
+        blocks = tuple(TaskRef(source[index]) for source in sources)
+        graph[key] = sealed_task(key, join, tuple(collections), with_frames, arrays, inputs=blocks)
+    return keys
 
 
 def _check_rows(roles: tuple[str, ...], infos: Sequence[PartInfo]) -> None:
