@@ -63,10 +63,11 @@ def main() -> None:
         report("2 worker processes, plain tasks", measure(run_tasks, client, workers, REPEATS))
         report("2 worker processes, a gang", measure(run_gang, client, workers, REPEATS))
     # In life each worker has its own process for what it does beside its work. Here two hundred share
-    # one event loop, which their system monitors and profilers alone would keep busy.
+    # one event loop, which their monitors, ticks and profilers alone would keep busy.
     quiet = {
         "distributed.comm.timeouts.connect": "120s",
         "distributed.admin.system-monitor.interval": "60s",
+        "distributed.admin.tick.interval": "60s",
         "distributed.worker.profile.enabled": False,
     }
     with dask.config.set(quiet):

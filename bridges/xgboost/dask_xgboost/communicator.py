@@ -121,10 +121,11 @@ def communicator(member: Member, host: str | None, port: int | str | tuple[int, 
         tracker = _Tracker(member.world_size, host or member.host, port_range(port))
         member.on_stop(tracker.free)
     try:
-        args = member.exchange(tracker.args if tracker else None)[0]
-        # Ranks follow the sorted task ids, so that XGBoost's rank is the gang's.
-        # One retry: the tracker listens already, and when it is gone, goodbyes to it should not take long.
-        collective.init(**args, dmlc_task_id=f"{member.rank:06d}", dmlc_retry=1)
+        with member.span("communicate"):
+            args = member.exchange(tracker.args if tracker else None)[0]
+            # Ranks follow the sorted task ids, so that XGBoost's rank is the gang's.
+            # One retry: the tracker listens already, and when it is gone, goodbyes to it should not take long.
+            collective.init(**args, dmlc_task_id=f"{member.rank:06d}", dmlc_retry=1)
         try:
             yield
         except BaseException:
