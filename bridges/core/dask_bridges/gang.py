@@ -18,17 +18,10 @@ import dask
 from distributed import Client, Future
 
 from dask_bridges import config, turns
-from dask_bridges.errors import (
-    BridgeError,
-    GangTimeout,
-    MemberFailed,
-    MemberLost,
-    MemberStopped,
-    PlacementError,
-    StaleMember,
-)
-from dask_bridges.events import Event, EventStream, Failed, Log, Lost, Span, Started, topic_of
-from dask_bridges.member import Member, MemberSpec, host_of, late_to_start, never_collateral, run_member
+from dask_bridges.errors import GangTimeout, MemberFailed, MemberLost, PlacementError
+from dask_bridges.events import Event, EventStream, Log, Lost, Span, Started, topic_of
+from dask_bridges.member import Member, MemberSpec, never_collateral, run_member
+from dask_bridges.rootcause import RootCause
 from dask_bridges.shipping import sealed_task
 
 __all__ = ["Gang", "GangPlan"]
@@ -297,7 +290,8 @@ class Gang:
             settled = await turns.ask(self.client, "settle", gang=self.id, reason=reason, timeout=timeout)
         except OSError as gone:
             return MemberLost(f"{self.plan.label}: the scheduler is gone, and the members with it: {gone}")
-        cause = await self._first_cause(raised, settled, futures, workers)
+        known = RootCause(self.plan.label, futures, workers, self.events, self._lost, self._start_timeout)
+        cause = await known.find(raised, settled)
         if settled["live"]:
             cause.add_note(await self._restart_stuck({rank: workers[rank] for rank in settled["live"]}, timeout))
         return cause
@@ -312,79 +306,6 @@ class Gang:
             text = f"{who} had not ended after {timeout:g} s, and has no nanny that could restart its worker"
         logger.warning("[gang %s] %s", self.id, text)
         return text
-
-    async def _first_cause(
-        self,
-        raised: BaseException | None,
-        settled: dict[str, Any],
-        futures: Sequence[Future],
-        workers: tuple[str, ...],
-    ) -> BaseException:
-        """The failure that came first and was no echo of another."""
-        outcomes: dict[int, str] = dict(settled["outcomes"])
-        for rank, outcome in outcomes.items():
-            if outcome in ("failed", "lost", "finished, then lost"):
-                return await self._describe(rank, outcome, futures, workers)
-        absent = [rank for rank in range(len(workers)) if rank not in outcomes and rank not in settled["live"]]
-        if absent and raised is None:
-            return late_to_start(self.plan.label, workers, absent, self._start_timeout)
-        for rank in absent:
-            error = await self._exception_of(futures[rank]) if futures[rank].status == "error" else None
-            if error is not None and not isinstance(error, StaleMember):
-                return self._unplaced(rank, workers[rank], error)
-        echoes = [rank for rank, outcome in outcomes.items() if outcome == "collateral"]
-        if echoes and not isinstance(raised, MemberLost):
-            return await self._describe(echoes[0], "collateral", futures, workers)
-        return raised or BridgeError(f"{self.plan.label} ended for no known reason")
-
-    async def _describe(
-        self, rank: int, outcome: str, futures: Sequence[Future], workers: tuple[str, ...]
-    ) -> BaseException:
-        worker, label = workers[rank], self.plan.label
-        where = (rank, worker, host_of(worker))
-        if "lost" in outcome:
-            when = "after it had finished" if outcome.startswith("finished") else "while it ran"
-            return MemberLost(
-                f"{label}: member {rank} was lost {when}: its worker {worker} died or left the cluster. "
-                "The worker's (or its nanny's) log says why.",
-                *where,
-            )
-        original = await self._exception_of(futures[rank])
-        if isinstance(original, BridgeError) and not isinstance(original, MemberStopped):
-            return original
-        told = self._last_words(rank) if original is None else f"{type(original).__name__}: {original}"
-        failed = MemberFailed(f"{label}: member {rank} on {worker} raised {told}", *where)
-        failed.__cause__ = original
-        return failed
-
-    def _last_words(self, rank: int) -> str:
-        """What a member said of its failure, where its worker was lost before the exception was here."""
-        return next(
-            (event.error for event in self.events.events if isinstance(event, Failed) and event.rank == rank),
-            "an exception that was lost with its worker",
-        )
-
-    async def _exception_of(self, future: Future) -> BaseException | None:
-        """The exception of a member's task: right after its farewell to the arbiter, or lost with its worker."""
-        coming = asyncio.ensure_future(future.exception())
-        lost = asyncio.ensure_future(self._lost.wait())
-        try:
-            await asyncio.wait({coming, lost}, timeout=5, return_when=asyncio.FIRST_COMPLETED)
-            await asyncio.wait({coming}, timeout=0.5)
-            error: BaseException | None = coming.result() if coming.done() else None
-            return error.with_traceback(await future.traceback()) if error is not None else None
-        finally:
-            coming.cancel()
-            lost.cancel()
-
-    def _unplaced(self, rank: int, worker: str, raised: BaseException) -> BaseException:
-        """A member that took no place: its task could not be run."""
-        if isinstance(raised, BridgeError):
-            return raised
-        text = f"{self.plan.label}: member {rank} could not start on {worker}: {type(raised).__name__}: {raised}"
-        failed = MemberFailed(text, rank, worker, host_of(worker))
-        failed.__cause__ = raised
-        return failed
 
 
 async def _end_of(future: Future) -> None:
