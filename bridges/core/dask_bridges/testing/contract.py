@@ -161,10 +161,9 @@ class BridgeContract:
 
     def test_sys_exit_fails_the_member_and_kills_no_worker(self, bridges_client: Client) -> None:
         X, y = make_data()
-        before = set(bridges_client.scheduler_info(n_workers=-1)["workers"])
-        with pytest.raises(MemberFailed, match=r"SystemExit\(0\)"):
+        with pytest.raises(MemberFailed, match=r"SystemExit\(0\)") as caught:
             self.train(bridges_client, X, y, fault=Fault(1, 1, leave), rounds=1000)
-        assert set(bridges_client.scheduler_info(n_workers=-1)["workers"]) == before
+        assert caught.value.worker in bridges_client.scheduler_info(n_workers=-1)["workers"]
 
     @pytest.mark.parametrize("rank", [0, 1])
     def test_a_killed_worker_is_named_and_the_next_training_runs(
