@@ -215,7 +215,7 @@ def _evals(
         role = f"evals {name!r}"
         if "-" in name or name in [known for _, known in sets]:
             raise DataError(f"{role}: names are unique and have no '-'")
-        if what is X or what is matrix or (isinstance(what, tuple) and what[0] is X and len(what) == 1):
+        if what is X or what is matrix:
             sets.append((matrix, name))
             continue
         fields = {field: value for field, value in given.items() if isinstance(value, str)} or matrix.columns

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 from dask.sizeof import sizeof
 from distributed import Worker
 
@@ -53,20 +52,13 @@ def size_of(block: Any) -> int:
 
 def pack(roles: tuple[str, ...], *blocks: Any) -> Part:
     """Bring the blocks of one partition together on one worker; nothing is copied."""
-    return dict(zip(roles, (_unwrapped(block) for block in blocks)))
+    return dict(zip(roles, blocks))
 
 
 def join(order: tuple[str, ...], with_frames: bool, arrays: tuple[str, ...], *blocks: Any) -> Part:
     """One part of the frames' part, if there is one, and of the arrays' blocks, in the given order."""
     part = {**(blocks[0] if with_frames else {}), **pack(arrays, *blocks[with_frames:])}
     return {role: part[role] for role in order}
-
-
-def _unwrapped(block: Any) -> Any:
-    """The block itself: an array's graph may hand it over in an object array of one."""
-    if isinstance(block, np.ndarray) and block.dtype == object and block.size == 1:
-        return block.item() if hasattr(block.item(), "shape") else block
-    return block
 
 
 def describe(inspect: Inspect | None, part: Part) -> PartInfo:
