@@ -18,6 +18,7 @@ import dask
 from distributed import Client, Future
 
 from dask_bridges import config, turns
+from dask_bridges.config import Deadlines
 from dask_bridges.errors import GangTimeout, MemberFailed, MemberLost, PlacementError
 from dask_bridges.events import Event, EventStream, Log, Lost, Span, Started, topic_of
 from dask_bridges.member import Member, MemberSpec, never_collateral, run_member
@@ -85,6 +86,7 @@ class Gang:
         self.client = client
         self.plan = plan
         self.attempt = attempt
+        self.deadlines = Deadlines.configured(start_timeout=plan.start_timeout, stop_timeout=plan.stop_timeout)
         self.events = EventStream(self.id)
         self.events.attempt = attempt
         self._lost, self._started = asyncio.Event(), asyncio.Event()
@@ -209,7 +211,7 @@ class Gang:
                 function=plan.function,
                 payload=payload,
                 collateral=plan.collateral,
-                start_timeout=self._start_timeout,
+                deadlines=self.deadlines,
             )
             for rank, payload in enumerate(plan.payloads)
         }
@@ -252,15 +254,11 @@ class Gang:
         """Wait until one of `over` has come, or the members are late to start."""
         started = asyncio.ensure_future(self._started.wait())
         try:
-            await asyncio.wait({started, *over}, timeout=self._start_timeout, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({started, *over}, timeout=self.deadlines.start_timeout, return_when=asyncio.FIRST_COMPLETED)
             if started.done():
                 await asyncio.wait(over, return_when=asyncio.FIRST_COMPLETED)
         finally:
             started.cancel()
-
-    @property
-    def _start_timeout(self) -> float:
-        return config.seconds("start-timeout", self.plan.start_timeout)
 
     async def _fetch(self, futures: Sequence[Future], lost: asyncio.Future[Any]) -> list[Any] | None:
         """All results; None if a worker, or the scheduler, was lost before they were here."""
@@ -282,7 +280,7 @@ class Gang:
         self, raised: BaseException | None, futures: Sequence[Future], workers: tuple[str, ...]
     ) -> BaseException:
         """Wait until all members have ended, restart what does not, and tell which failure came first."""
-        timeout = config.seconds("stop-timeout", self.plan.stop_timeout)
+        timeout = self.deadlines.stop_timeout
         reason = "a member failed" if raised is not None or self._lost.is_set() else "some members were late to start"
         try:
             if not self._connected:
@@ -290,7 +288,7 @@ class Gang:
             settled = await turns.ask(self.client, "settle", gang=self.id, reason=reason, timeout=timeout)
         except OSError as gone:
             return MemberLost(f"{self.plan.label}: the scheduler is gone, and the members with it: {gone}")
-        known = RootCause(self.plan.label, futures, workers, self.events, self._lost, self._start_timeout)
+        known = RootCause(self.plan.label, futures, workers, self.events, self._lost, self.deadlines.start_timeout)
         cause = await known.find(raised, settled)
         if settled["live"]:
             cause.add_note(await self._restart_stuck({rank: workers[rank] for rank in settled["live"]}, timeout))

@@ -23,6 +23,7 @@ from distributed.core import Status
 from distributed.utils import sync
 
 from dask_bridges import arbiter, turns
+from dask_bridges.config import Deadlines
 from dask_bridges.errors import GangTimeout, MemberFailed, MemberStopped, StaleMember
 from dask_bridges.events import (
     Event,
@@ -70,8 +71,8 @@ class MemberSpec:
     collateral : callable
         Says of an exception whether a peer's failure is its likely reason
         (a broken collective), so that the root cause is found among all.
-    start_timeout : float
-        Seconds to wait for the peers to start.
+    deadlines : Deadlines
+        How long it waits for what.
     """
 
     gang: str
@@ -81,8 +82,8 @@ class MemberSpec:
     label: str
     function: Callable[[Member, Any], Any]
     payload: Any
+    deadlines: Deadlines
     collateral: Callable[[BaseException], bool] = never_collateral
-    start_timeout: float = 300.0
 
 
 class Member:
@@ -169,7 +170,7 @@ class Member:
         GangTimeout
             If a peer has not called within `timeout` seconds (the start timeout).
         """
-        deadline = self.spec.start_timeout if timeout is None else timeout
+        deadline = self.spec.deadlines.start_timeout if timeout is None else timeout
         self._step += 1
         answer = self.ask("exchange", step=self._step, payload=payload, timeout=deadline)
         if "payloads" in answer:
