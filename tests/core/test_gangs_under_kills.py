@@ -79,7 +79,8 @@ def _kill_some(client: Any, clients: list[subprocess.Popen[str]], dice: random.R
 def test_all_gangs_end_none_runs_twice_and_nothing_is_left(tmp_path: Path, gangs: int) -> None:
     script, log = tmp_path / "client.py", tmp_path / "members.log"
     script.write_text(CLIENT)
-    with command_line_cluster(workers=WORKERS, bare_scheduler=True) as client:
+    with command_line_cluster(workers=WORKERS, bare_scheduler=True) as cluster:
+        client = cluster.client
         address = client.scheduler.address
         clients = [_start(script, address, seed, gangs, log) for seed in range(3)]
         try:

@@ -254,7 +254,9 @@ class Gang:
         """Wait until one of `over` has come, or the members are late to start."""
         started = asyncio.ensure_future(self._started.wait())
         try:
-            await asyncio.wait({started, *over}, timeout=self.deadlines.start_timeout, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait(
+                {started, *over}, timeout=self.deadlines.start_timeout, return_when=asyncio.FIRST_COMPLETED
+            )
             if started.done():
                 await asyncio.wait(over, return_when=asyncio.FIRST_COMPLETED)
         finally:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +15,31 @@ from distributed import Client
 
 from dask_bridges import member, turns
 
-__all__ = ["command_line_cluster", "leftovers"]
+__all__ = ["CommandLineCluster", "command_line_cluster", "leftovers"]
+
+
+@dataclass(frozen=True)
+class CommandLineCluster:
+    """A cluster of separate processes.
+
+    Attributes
+    ----------
+    client : Client
+    scheduler : subprocess.Popen
+    workers : list of subprocess.Popen
+        Each a nanny with its worker, or a worker alone.
+    """
+
+    client: Client
+    scheduler: subprocess.Popen[bytes]
+    workers: list[subprocess.Popen[bytes]]
 
 
 @contextlib.contextmanager
 def command_line_cluster(
     *, workers: int = 2, threads: int = 1, nanny: bool = True, bare_scheduler: bool = False
-) -> Iterator[Client]:
-    """A client of a cluster started as operators do: ``dask scheduler`` and ``dask worker``.
+) -> Iterator[CommandLineCluster]:
+    """A cluster started as operators do, by ``dask scheduler`` and ``dask worker``, with a client.
 
     Parameters
     ----------
@@ -36,15 +54,15 @@ def command_line_cluster(
         file = str(Path(folder) / "scheduler.json")
         common = ["--scheduler-file", file, "--interface", "lo", "--dashboard-address", ":0"]
         if bare_scheduler:
-            _run(stack, "-c", _BARE_SCHEDULER, file)
+            scheduler = _run(stack, "-c", _BARE_SCHEDULER, file)
         else:
-            _start(stack, "scheduler", "--port", "0", *common)
-        for _ in range(workers):
-            _start(stack, "worker", "--nthreads", str(threads), "--local-directory", folder,
-                   "--nanny" if nanny else "--no-nanny", *common)  # fmt: skip
+            scheduler = _run(stack, "-m", "dask", "scheduler", "--port", "0", *common)
+        watched = "--nanny" if nanny else "--no-nanny"
+        each = ["worker", "--nthreads", str(threads), "--local-directory", folder, watched, *common]
+        started = [_run(stack, "-m", "dask", *each) for _ in range(workers)]
         client = stack.enter_context(Client(scheduler_file=file))
         client.wait_for_workers(workers, timeout=60)
-        yield client
+        yield CommandLineCluster(client, scheduler, started)
 
 
 #: A scheduler in a process that can import neither the bridges nor what they bridge to.
@@ -67,14 +85,20 @@ asyncio.run(main())
 """
 
 
-def _start(stack: contextlib.ExitStack, *arguments: str) -> None:
-    _run(stack, "-m", "dask", *arguments)
-
-
-def _run(stack: contextlib.ExitStack, *arguments: str) -> None:
+def _run(stack: contextlib.ExitStack, *arguments: str) -> subprocess.Popen[bytes]:
+    """Start Python, to be ended with the stack; killed where it does not end."""
     process = subprocess.Popen([sys.executable, *arguments], stderr=subprocess.DEVNULL)
-    stack.callback(process.wait, 30)
-    stack.callback(process.terminate)
+    stack.callback(_end, process)
+    return process
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    process.terminate()
+    try:
+        process.wait(30)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
 
 
 def _members_here() -> list[str]:

@@ -74,13 +74,15 @@ class BridgeContract:
     @pytest.mark.parametrize(("nanny", "threads"), [(True, 1), (False, 3)], ids=["nanny", "no nanny, 3 threads"])
     def test_trains_on_workers_started_from_the_command_line(self, nanny: bool, threads: int) -> None:
         X, y = make_data()
-        with command_line_cluster(workers=2, threads=threads, nanny=nanny) as client:
+        with command_line_cluster(workers=2, threads=threads, nanny=nanny) as cluster:
+            client = cluster.client
             self.check(self.train(client, X, y), X, y)
             assert leftovers(client) == {}
 
     def test_nothing_of_ours_is_needed_on_the_scheduler(self) -> None:
         X, y = make_data()
-        with command_line_cluster(workers=2, bare_scheduler=True) as client:
+        with command_line_cluster(workers=2, bare_scheduler=True) as cluster:
+            client = cluster.client
             self.check(self.train(client, X, y), X, y)
             with pytest.raises(MemberFailed, match="deliberate"):
                 self.train(client, X, y, fault=Fault(1, 0, trouble))
