@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import asdict
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from distributed.protocol.pickle import dumps
 
 from dask_bridges import PlacementError, turns
 from dask_bridges.arbiter import KEPT_TOPICS, OPERATION, STOP, Arbiter
+from dask_bridges.config import Deadlines
 
 Scenario = Callable[["Turns"], Coroutine[Any, Any, None]]
 Play = Callable[[Scenario], None]
@@ -42,9 +44,16 @@ class Turns:
         await self.there[self.workers[index]].close()
 
     async def acquire(
-        self, gang: str, candidates: Sequence[int] = (0, 1, 2), places: int = 0, wait: float = 0, **options: Any
+        self,
+        gang: str,
+        candidates: Sequence[int] = (0, 1, 2),
+        places: int = 0,
+        wait: float = 0,
+        stop_timeout: float | None = None,
+        **options: Any,
     ) -> dict[str, Any]:
         request = {"client": self.client.id, "label": f"gang {gang}", "attempt": 1, "exclusive": True}
+        request["deadlines"] = asdict(Deadlines.configured(stop_timeout=stop_timeout))
         return await turns.ask(
             self.client, "acquire", gang=gang, candidates=[self.workers[i] for i in candidates],
             places=places or len(candidates), wait=wait, topic=f"topic-{gang}", **{**request, **options},
@@ -59,8 +68,8 @@ class Turns:
     async def present(self, gang: str, rank: int, **request: Any) -> dict[str, Any]:
         return await self.ask("present", gang, rank, **{"worker": self.workers[rank], **request})
 
-    async def settle(self, gang: str, timeout: float = 30) -> dict[str, Any]:
-        return await turns.ask(self.client, "settle", gang=gang, reason="a member failed", timeout=timeout)
+    async def settle(self, gang: str) -> dict[str, Any]:
+        return await turns.ask(self.client, "settle", gang=gang, reason="a member failed")
 
     async def release(self, gang: str) -> None:
         await turns.ask(self.client, "release", gang=gang, reason="finished")
@@ -250,7 +259,7 @@ def test_a_token_is_refused_before_the_turn_and_after_the_end(play: Play) -> Non
         await turns.acquire("g", [0])
         await turns.acquire("later", [0])
         assert await turns.present("later", 0) == {"refused": "its gang has ended"}
-        assert await turns.settle("g") == {"outcomes": [], "live": []}
+        assert await turns.settle("g") == {"outcomes": [], "live": [], "reasons": []}
         assert await turns.present("g", 0) == {"refused": "a member failed"}
 
     play(scenario)
@@ -283,18 +292,25 @@ def test_a_failure_asks_the_others_to_stop_and_tells_who_left_how_in_that_order(
             await asyncio.sleep(0)
         for rank, outcome in ((2, "collateral"), (0, "failed"), (1, "finished")):
             turns.leave("g", rank, outcome=outcome)
-        assert await settled == {"outcomes": [(2, "collateral"), (0, "failed"), (1, "finished")], "live": []}
+        assert await settled == {
+            "outcomes": [(2, "collateral"), (0, "failed"), (1, "finished")],
+            "live": [],
+            "reasons": [],
+        }
 
     play(scenario)
 
 
 def test_settling_does_not_wait_for_ever_and_says_who_is_left(play: Play) -> None:
     async def scenario(turns: Turns) -> None:
-        await turns.acquire("g", [0, 1])
+        await turns.acquire("g", [0, 1], stop_timeout=0.05)
         await turns.present("g", 0)
         await turns.present("g", 1)
         turns.leave("g", 1)
-        assert await turns.settle("g", timeout=0.05) == {"outcomes": [(1, "finished")], "live": [0]}
+        settled = await turns.settle("g")
+        assert settled["outcomes"] == [(1, "finished")]
+        assert settled["live"] == [0]
+        assert "had not ended after 0.05 s, and has no nanny" in dict(settled["reasons"])[0]
         turns.leave("g", 0)
 
     play(scenario)
@@ -340,12 +356,13 @@ def test_an_exchange_ends_with_its_gang(play: Play) -> None:
         await turns.present("g", 0)
         waits = asyncio.ensure_future(turns.ask("exchange", "g", 0, step=1, payload=None, timeout=30))
         await turns.ask("exchange", "g", 0, step=2, payload=None, timeout=0)  # the first has arrived too
-        await turns.settle("g", timeout=0)
+        settled = asyncio.ensure_future(turns.settle("g"))
         assert (await waits)["ended"] == "a member failed"
         assert await turns.ask("exchange", "g", 0, attempt=2, step=1, payload=None, timeout=30) == {
             "ended": "its gang has ended"
         }
         turns.leave("g", 0)
+        await settled
 
     play(scenario)
 
@@ -418,12 +435,15 @@ def test_a_worker_that_joins_is_left_out_and_the_client_hears_of_it() -> None:
 
 _CLIENT_TO_BE_KILLED = """
 import sys
+from dataclasses import asdict
 from distributed import Client
 from dask_bridges import turns
+from dask_bridges.config import Deadlines
 client = Client(sys.argv[1])
 client.sync(turns.register, client)
 answer = client.sync(turns.ask, client, "acquire", gang="doomed", client=client.id, wait=0, label="doomed", attempt=1,
-                     exclusive=True, candidates=[sys.argv[2]], places=1, topic="doomed")
+                     exclusive=True, candidates=[sys.argv[2]], places=1, topic="doomed",
+                     deadlines=asdict(Deadlines.configured()))
 print("granted" in answer, flush=True)
 sys.stdin.read()
 """

@@ -511,6 +511,8 @@ def test_a_retired_worker_is_a_lost_member(processes: GangRunner) -> None:
             running = pool.submit(client.sync, Gang(client, plan).run)
             assert Event("retired-up", client=client).wait(30)
             client.retire_workers(workers[:1])
-            with pytest.raises(MemberLost, match=f"member 0 was lost while it ran: its worker {workers[0]}"):
+            with pytest.raises(
+                MemberLost, match=f"member 0 was lost while it ran, with its worker {workers[0]}: it died or left"
+            ):
                 running.result(30)
         assert leftovers(client) == {}

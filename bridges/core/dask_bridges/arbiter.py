@@ -2,9 +2,9 @@
 
 It grants a gang all its places or none, in the order asked; checks each member's
 token once; carries the small messages by which members find each other; and
-frees everything when a client or a worker goes. It is sent by value, so it uses
-the standard library and distributed only: nothing of ours is installed where
-the scheduler runs.
+frees everything when a client or a worker goes, or does not end when asked to. It
+is sent by value, so it uses the standard library and distributed only: nothing of
+ours is installed where the scheduler runs.
 """
 
 from __future__ import annotations
@@ -13,9 +13,12 @@ import asyncio
 import collections
 import logging
 import time
+from collections.abc import Coroutine
 from typing import Any
 
 from distributed.diagnostics.plugin import SchedulerPlugin
+
+from dask_bridges.watchdog import Watchdog, last_words
 
 __all__ = ["OPERATION", "STOP", "Arbiter"]
 
@@ -43,9 +46,13 @@ class _Gang:
         self.places: int = request["places"]
         self.exclusive: bool = request["exclusive"]
         self.topic: str = request["topic"]
+        self.deadlines: dict[str, float] = request["deadlines"]
         self.workers: list[str] = []  # by rank, once granted
+        self.nannies: list[tuple[str | None, int]] = []  # by rank: address, and process of the worker
         self.presented: set[int] = set()
-        self.ranks_done: dict[int, str] = {}  # rank -> finished, failed, collateral, lost
+        self.ranks_done: dict[int, str] = {}  # rank -> finished, failed, collateral, lost, restarted
+        self.reasons: dict[int, str] = {}  # rank -> why its worker was lost
+        self.enforced: asyncio.Task[None] | None = None  # sees to it that members end
         self.payloads: dict[int, dict[int, Any]] = {}
         self.ending = ""  # why, once no member may start or go on
         self.released = False
@@ -90,12 +97,27 @@ class Arbiter(SchedulerPlugin):  # type: ignore[misc]
     def __init__(self) -> None:
         self.gangs: dict[str, _Gang] = {}  # in the order asked
         self.ended: collections.deque[str] = collections.deque()  # topics of gangs that are over
+        self.tasks: set[asyncio.Task[None]] = set()
 
     async def start(self, scheduler: Any) -> None:
         """Answer on this scheduler."""
         self.scheduler = scheduler
+        self.watchdog = Watchdog(scheduler, self.held)
         scheduler.handlers[OPERATION] = self.handle
         scheduler.stream_handlers[OPERATION] = self.leave
+
+    async def close(self) -> None:
+        """The scheduler closes."""
+        self.watchdog.close()
+        for task in self.tasks:
+            task.cancel()
+
+    def background(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """Run a coroutine for as long as the scheduler lives."""
+        task = asyncio.ensure_future(work)
+        self.tasks.add(task)
+        task.add_done_callback(self.tasks.discard)
+        return task
 
     async def handle(self, method: str, **request: Any) -> dict[str, Any]:
         """The one comm handler: `method` is acquire, present, exchange, settle, release or status."""
@@ -165,8 +187,19 @@ class Arbiter(SchedulerPlugin):  # type: ignore[misc]
                 reserved.update(gang.candidates)
                 continue
             gang.workers = free[: gang.places]
+            gang.nannies = [(state.nanny, state.pid) for state in map(self.scheduler.workers.get, gang.workers)]
             (exclusive if gang.exclusive else shared).update(gang.workers)
             gang.touch()
+            self.watchdog.wake()
+
+    def held(self) -> dict[str, dict[str, float]]:
+        """The workers that members are on, each with the shortest deadlines of its gangs."""
+        held: dict[str, dict[str, float]] = {}
+        for gang in self.gangs.values():
+            for worker in gang.holds():
+                others = held.get(worker, gang.deadlines)
+                held[worker] = {name: min(limit, others[name]) for name, limit in gang.deadlines.items()}
+        return held
 
     # Members
 
@@ -230,16 +263,49 @@ class Arbiter(SchedulerPlugin):  # type: ignore[misc]
             worker = gang.workers[rank]
             if worker in self.scheduler.workers:
                 self.scheduler.worker_send(worker, {"op": STOP, "gang": gang.gang, "reason": reason})
+        if gang.live and gang.enforced is None:
+            gang.enforced = self.background(self._enforce(gang))
         gang.touch()
 
-    async def on_settle(self, gang: str, reason: str, timeout: float) -> dict[str, Any]:
-        """End a gang and wait until its members have left; answers who left how, in that order."""
+    async def _enforce(self, gang: _Gang) -> None:
+        """Restart the workers of members that do not end: nothing else ends a thread inside a framework."""
+        timeout = gang.deadlines["stop_timeout"]
+        if await gang.until(lambda: not gang.live, timeout):
+            return
+        for rank in sorted(gang.live):
+            worker = gang.workers[rank]
+            gang.reasons[rank] = f"member {rank} of {gang.label} on {worker} had not ended after {timeout:g} s"
+            if gang.nannies[rank][0] is None:
+                gang.reasons[rank] += ", and has no nanny that could restart its worker"
+            else:
+                gang.ranks_done[rank] = "restarted"
+                gang.reasons[rank] += ", so its worker was restarted"
+                self.background(self.watchdog.end(worker, gang.reasons[rank]))
+        self._settled(gang)
+
+    async def on_settle(self, gang: str, reason: str) -> dict[str, Any]:
+        """End a gang and wait until its members have left.
+
+        Answers the "outcomes", pairs of rank and how it left, in that order; the
+        "live" ranks, which nothing could end; and the "reasons" of those lost,
+        restarted or live.
+        """
         known = self.gangs.get(gang)
         if known is None:
-            return {"outcomes": [], "live": []}
+            return {"outcomes": [], "live": [], "reasons": []}
         self.end(known, reason)
-        await known.until(lambda: not known.live, timeout)
-        return {"outcomes": list(known.ranks_done.items()), "live": sorted(known.live)}
+        if known.enforced is not None:
+            await asyncio.wait([known.enforced])
+        for rank, outcome in known.ranks_done.items():
+            if "lost" in outcome and rank not in known.reasons:
+                known.reasons[rank] = await self._last_words(known, rank)
+        return {"outcomes": list(known.ranks_done.items()), "live": sorted(known.live),
+                "reasons": list(known.reasons.items())}  # fmt: skip
+
+    async def _last_words(self, gang: _Gang, rank: int) -> str:
+        nanny, pid = gang.nannies[rank]
+        words = await self.watchdog.ask_nanny(nanny, 2, last_words, pid)
+        return f'its nanny says: "{words}"' if words else ""
 
     async def on_release(self, gang: str, reason: str) -> dict[str, Any]:
         """The client is done with a gang: its places are free as soon as its members have left."""
@@ -286,25 +352,34 @@ class Arbiter(SchedulerPlugin):  # type: ignore[misc]
 
     def remove_worker(self, scheduler: Any, worker: str, **kwargs: Any) -> None:
         """A worker is gone: gangs with a member there end, and their clients hear of it."""
+        reason = self.watchdog.reasons.pop(worker, "")
         for gang in list(self.gangs.values()):
-            if worker in gang.workers and not gang.released:
-                rank = gang.workers.index(worker)
-                gang.presented.add(rank)
-                self._lose(gang, rank)
-                self._tell(gang, {"event": "Lost", "rank": rank, "worker": worker})
-                self.end(gang, f"worker {worker} of member {rank} was lost")
-            elif worker in gang.workers:
-                gang.ranks_done[gang.workers.index(worker)] = "lost"
+            if worker in gang.workers:
+                self._lose(gang, gang.workers.index(worker), reason)
             self._settled(gang)
 
-    def _lose(self, gang: _Gang, rank: int) -> None:
-        """Note the loss of a member, in its place among the ends of the others."""
-        before = gang.ranks_done.get(rank, "")
+    def restart(self, scheduler: Any) -> None:
+        """All tasks are forgotten and all workers restarted: no member lives on."""
+        for gang in list(self.gangs.values()):
+            for rank in range(len(gang.workers)):
+                self._lose(gang, rank, "somebody restarted the cluster (client.restart)")
+            self._settled(gang)
+
+    def _lose(self, gang: _Gang, rank: int, reason: str) -> None:
+        """Note the loss of a member, in its place among the ends of the others, and end its gang."""
+        worker, before = gang.workers[rank], gang.ranks_done.get(rank, "")
+        gang.presented.add(rank)
+        if before == "restarted" or (gang.released and before):
+            return
         if before == "finished":  # it is lost with its result, and only now is that a reason to end
             del gang.ranks_done[rank]
-            gang.ranks_done[rank] = "finished, then lost"
-        elif before != "failed":  # an echo of its peers' failures was the first sign of the loss
-            gang.ranks_done[rank] = "lost"
+        if before != "failed":  # an echo of its peers' failures was the first sign of the loss
+            gang.ranks_done[rank] = "finished, then lost" if before == "finished" else "lost"
+        if reason:
+            gang.reasons[rank] = reason
+        if not gang.released:
+            self._tell(gang, {"event": "Lost", "rank": rank, "worker": worker})
+            self.end(gang, f"worker {worker} of member {rank} was lost")
 
     async def on_status(self) -> dict[str, Any]:
         """Who holds and who waits, for people and tests."""

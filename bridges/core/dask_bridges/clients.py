@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
+import functools
 from collections.abc import Callable, Coroutine
 from typing import Any
 
-from distributed import Client, get_client, rejoin, secede
+from distributed import Client, Worker, get_client, get_worker, rejoin, secede
 from distributed.worker import thread_state
 
 __all__ = ["call", "current"]
+
+#: Seconds between two looks at whether the task around a call was cancelled.
+LOOK = 0.5
 
 
 def current(client: Client | None) -> Client:
@@ -40,16 +45,33 @@ def call(client: Client, function: Callable[..., Coroutine[Any, Any, Any]], *arg
 
     Returns an awaitable to asynchronous callers, the result to others. Inside a
     Dask task the calling task lends its slot out meanwhile, so that members which
-    are to run on the same worker can start.
+    are to run on the same worker can start; cancelling the task cancels the call.
     """
-    inside_task = getattr(thread_state, "key", None) is not None and not client.asynchronous
-    if not inside_task:
+    key = getattr(thread_state, "key", None)
+    if key is None or client.asynchronous:
         return client.sync(function, *args, **kwargs)
+    work = functools.partial(_unless_cancelled, get_worker(), key, function, *args, **kwargs)
     try:
         secede()
     except (KeyError, ValueError, AttributeError):  # the task has seceded by itself
-        return client.sync(function, *args, **kwargs)
+        return client.sync(work)
     try:
-        return client.sync(function, *args, **kwargs)
+        return client.sync(work)
     finally:
         rejoin()
+
+
+async def _unless_cancelled(
+    worker: Worker, key: Any, function: Callable[..., Coroutine[Any, Any, Any]], *args: Any, **kwargs: Any
+) -> Any:
+    """Run `function` until it is done, or the Dask task around it is cancelled: Dask lets its thread go on."""
+    work = asyncio.ensure_future(function(*args, **kwargs))
+    try:
+        while not (await asyncio.wait({work}, timeout=LOOK))[0]:
+            task = worker.state.tasks.get(key)
+            if task is None or task.state == "cancelled":
+                work.cancel("the task it was called in was cancelled")
+                break
+        return await work
+    finally:
+        work.cancel()

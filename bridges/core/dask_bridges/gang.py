@@ -11,7 +11,7 @@ import logging
 import time
 import uuid
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import dask
@@ -153,6 +153,7 @@ class Gang:
             "places": len(plan.payloads),
             "exclusive": plan.exclusive,
             "topic": topic_of(self.id),
+            "deadlines": asdict(self.deadlines),
         }
         told = ""
         while True:
@@ -281,31 +282,20 @@ class Gang:
     async def _root_cause(
         self, raised: BaseException | None, futures: Sequence[Future], workers: tuple[str, ...]
     ) -> BaseException:
-        """Wait until all members have ended, restart what does not, and tell which failure came first."""
-        timeout = self.deadlines.stop_timeout
+        """Wait until all members have ended, and tell which failure came first."""
         reason = "a member failed" if raised is not None or self._lost.is_set() else "some members were late to start"
         try:
             if not self._connected:
                 raise ConnectionAbortedError("the client has lost the scheduler, or was closed")
-            settled = await turns.ask(self.client, "settle", gang=self.id, reason=reason, timeout=timeout)
+            settled = await turns.ask(self.client, "settle", gang=self.id, reason=reason)
         except OSError as gone:
             return MemberLost(f"{self.plan.label}: the scheduler is gone, and the members with it: {gone}")
         known = RootCause(self.plan.label, futures, workers, self.events, self._lost, self.deadlines.start_timeout)
         cause = await known.find(raised, settled)
-        if settled["live"]:
-            cause.add_note(await self._restart_stuck({rank: workers[rank] for rank in settled["live"]}, timeout))
+        for note in known.stuck(settled):
+            logger.warning("[gang %s] %s", self.id, note)
+            cause.add_note(note)
         return cause
-
-    async def _restart_stuck(self, stuck: dict[int, str], timeout: float) -> str:
-        """Restart the workers of members that do not end: nothing else ends a thread inside a framework."""
-        who = ", ".join(f"member {rank} on {worker}" for rank, worker in stuck.items())
-        try:
-            await self.client.restart_workers(list(stuck.values()), timeout=timeout, raise_for_error=False)
-            text = f"{who} had not ended after {timeout:g} s, so its worker was restarted"
-        except ValueError:
-            text = f"{who} had not ended after {timeout:g} s, and has no nanny that could restart its worker"
-        logger.warning("[gang %s] %s", self.id, text)
-        return text
 
 
 async def _end_of(future: Future) -> None:

@@ -55,12 +55,13 @@ class RootCause:
         raised : exception or None
             What the first task that ended badly raised.
         settled : dict
-            The arbiter's word: "outcomes", pairs of rank and how it left, in order; "live" ranks.
+            The arbiter's word, see `Arbiter.on_settle`.
         """
         outcomes: dict[int, str] = dict(settled["outcomes"])
+        reasons: dict[int, str] = dict(settled["reasons"])
         for rank, outcome in outcomes.items():
             if outcome in ("failed", "lost", "finished, then lost"):
-                return await self._describe(rank, outcome)
+                return await self._describe(rank, outcome, reasons.get(rank, ""))
         absent = [rank for rank in range(len(self.workers)) if rank not in outcomes and rank not in settled["live"]]
         if absent and raised is None:
             return late_to_start(self.label, self.workers, absent, self.start_timeout)
@@ -73,16 +74,20 @@ class RootCause:
             return await self._describe(echoes[0], "collateral")
         return raised or BridgeError(f"{self.label} ended for no known reason")
 
-    async def _describe(self, rank: int, outcome: str) -> BaseException:
+    @staticmethod
+    def stuck(settled: dict[str, Any]) -> list[str]:
+        """What to say of members that did not end."""
+        restarted = [rank for rank, outcome in settled["outcomes"] if outcome == "restarted"]
+        reasons = dict(settled["reasons"])
+        return [reasons[rank] for rank in (*restarted, *settled["live"]) if rank in reasons]
+
+    async def _describe(self, rank: int, outcome: str, reason: str = "") -> BaseException:
         worker = self.workers[rank]
         where = (rank, worker, host_of(worker))
         if "lost" in outcome:
             when = "after it had finished" if outcome.startswith("finished") else "while it ran"
-            return MemberLost(
-                f"{self.label}: member {rank} was lost {when}: its worker {worker} died or left the cluster. "
-                "The worker's (or its nanny's) log says why.",
-                *where,
-            )
+            why = reason or "it died or left the cluster. The worker's (or its nanny's) log says why"
+            return MemberLost(f"{self.label}: member {rank} was lost {when}, with its worker {worker}: {why}.", *where)
         original = await self._exception_of(rank)
         if isinstance(original, BridgeError) and not isinstance(original, MemberStopped):
             return original
