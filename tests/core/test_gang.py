@@ -216,9 +216,14 @@ def test_a_line_of_a_member_is_logged_with_gang_and_rank(gang: GangRunner, caplo
     assert f"[gang {name} rank 1] here I am" in caplog.text
 
 
-def test_nothing_is_left_behind_on_the_client(client: Client, gang: GangRunner) -> None:
+def test_nothing_is_left_behind_on_the_client(
+    client: Client, gang: GangRunner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client.sync(asyncio.sleep, 0)
+    monkeypatch.setattr("dask_bridges.gang.LINGER", 0)
     handlers = set(client._event_handlers)
     gang(hello, [0, 1])
+    client.sync(asyncio.sleep, 0.01)
     assert set(client._event_handlers) == handlers
     assert client.futures == {}
 

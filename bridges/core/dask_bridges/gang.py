@@ -29,6 +29,9 @@ __all__ = ["Gang", "GangPlan"]
 
 logger = logging.getLogger(__name__)
 
+#: Seconds for which late events of an ended gang are still received, to no effect.
+LINGER = 10.0
+
 
 @dataclass(frozen=True)
 class GangPlan:
@@ -132,7 +135,10 @@ class Gang:
         except (OSError, ValueError):
             logger.info("[gang %s] no scheduler to release it at", self.id)
         finally:
-            self.client._event_handlers.pop(topic, None)
+            # Events under way would be an error in the client's log without a handler.
+            handlers = self.client._event_handlers
+            handlers[topic] = _ignore
+            asyncio.get_running_loop().call_later(LINGER, handlers.pop, topic, None)
 
     @property
     def _connected(self) -> bool:
@@ -296,6 +302,10 @@ class Gang:
             logger.warning("[gang %s] %s", self.id, note)
             cause.add_note(note)
         return cause
+
+
+def _ignore(event: Any) -> None:
+    """Handle an event of a gang that has ended."""
 
 
 async def _end_of(future: Future) -> None:
