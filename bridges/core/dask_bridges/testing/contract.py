@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import uuid
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import Any
 
 import dask.array as da
 import numpy as np
 import pytest
-from distributed import Client, Event, LocalCluster
+from distributed import Client, LocalCluster
 
 from dask_bridges import DataError, GangTimeout, MemberFailed, MemberLost, PlacementError
 from dask_bridges.testing.clusters import command_line_cluster, leftovers
-from dask_bridges.testing.faults import Fault, TroubleError, die, leave, trouble
+from dask_bridges.testing.faults import Fault, Hold, TroubleError, die, leave, trouble
 
 __all__ = ["BridgeContract"]
 
@@ -232,37 +228,3 @@ def _fail_on_third(block: Any, block_info: Any = None) -> Any:
     if block_info and block_info[0]["chunk-location"][0] == 3:
         trouble()
     return block
-
-
-@dataclass(frozen=True)
-class Hold:
-    """A fault that holds rank 0 after its first round, until it is released."""
-
-    name: str
-
-    @classmethod
-    def new(cls) -> Hold:
-        """A hold of its own name."""
-        return cls(uuid.uuid4().hex)
-
-    def reached(self, client: Client | None = None) -> Event:
-        """Set when rank 0 is held."""
-        return Event(f"{self.name}-reached", client=client)
-
-    def released(self, client: Client | None = None) -> Event:
-        """Rank 0 goes on when it is set."""
-        return Event(f"{self.name}-released", client=client)
-
-    @contextlib.contextmanager
-    def released_at_last(self, client: Client) -> Iterator[None]:
-        """Release at the end, whatever happens."""
-        try:
-            yield
-        finally:
-            self.released(client).set()
-
-    def __call__(self, rank: int, round: int) -> None:
-        """Called by the bridge's member after each round."""
-        if (rank, round) == (0, 0):
-            self.reached().set()
-            self.released().wait(60)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
-from collections.abc import Callable
+import uuid
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+
+from distributed import Client, Event
 
 __all__ = ["Fault", "TroubleError", "call_at", "die", "leave", "trouble"]
 
@@ -22,6 +26,11 @@ def trouble() -> None:
 def die() -> None:
     """Be killed, as for memory: no goodbye."""
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def freeze() -> None:
+    """Stand still, with all connections open."""
+    os.kill(os.getpid(), signal.SIGSTOP)
 
 
 def leave() -> None:
@@ -46,6 +55,40 @@ class Fault:
         """Called by the bridge's member after each round."""
         if (rank, round) == (self.rank, self.round):
             self.action()
+
+
+@dataclass(frozen=True)
+class Hold:
+    """A fault that holds rank 0 after its first round, until it is released."""
+
+    name: str
+
+    @classmethod
+    def new(cls) -> Hold:
+        """A hold of its own name."""
+        return cls(uuid.uuid4().hex)
+
+    def reached(self, client: Client | None = None) -> Event:
+        """Set when rank 0 is held."""
+        return Event(f"{self.name}-reached", client=client)
+
+    def released(self, client: Client | None = None) -> Event:
+        """Rank 0 goes on when it is set."""
+        return Event(f"{self.name}-released", client=client)
+
+    @contextlib.contextmanager
+    def released_at_last(self, client: Client) -> Iterator[None]:
+        """Release at the end, whatever happens."""
+        try:
+            yield
+        finally:
+            self.released(client).set()
+
+    def __call__(self, rank: int, round: int) -> None:
+        """Called by the bridge's member after each round."""
+        if (rank, round) == (0, 0):
+            self.reached().set()
+            self.released().wait(60)
 
 
 def call_at(fault: Callable[..., None] | None, rank: int, round: int) -> None:
