@@ -9,7 +9,8 @@ A bridge's tests subclass `BridgeContract`::
 The fixtures it uses come with the pytest plugin of this package.
 """
 
-from dask_bridges.testing.clusters import command_line_cluster, leftovers
+from dask_bridges.testing.clusters import command_line_cluster
 from dask_bridges.testing.faults import Fault
+from dask_bridges.testing.traces import footprint, leftovers, wait_until_free
 
-__all__ = ["Fault", "command_line_cluster", "leftovers"]
+__all__ = ["Fault", "command_line_cluster", "footprint", "leftovers", "wait_until_free"]

@@ -1,4 +1,4 @@
-"""Clusters for tests, and a look at what a gang has left behind on them."""
+"""Clusters for tests."""
 
 from __future__ import annotations
 
@@ -9,13 +9,10 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from distributed import Client
 
-from dask_bridges import member, turns
-
-__all__ = ["CommandLineCluster", "command_line_cluster", "leftovers"]
+__all__ = ["CommandLineCluster", "command_line_cluster"]
 
 
 @dataclass(frozen=True)
@@ -99,18 +96,3 @@ def _end(process: subprocess.Popen[bytes]) -> None:
     except subprocess.TimeoutExpired:
         process.kill()
         process.wait()
-
-
-def _members_here() -> list[str]:
-    return [f"gang {gang} rank {rank}" for (_, gang, rank) in member._members]
-
-
-def leftovers(client: Client) -> dict[str, Any]:
-    """What gangs have left: places at the arbiter, members on workers. Empty when all is well."""
-    left: dict[str, Any] = {}
-    client.sync(turns.register, client)
-    if gangs := client.sync(turns.ask, client, method="status")["gangs"]:
-        left["gangs"] = gangs
-    if members := {worker: found for worker, found in client.run(_members_here).items() if found}:
-        left["members"] = members
-    return left

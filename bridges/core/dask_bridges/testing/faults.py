@@ -9,7 +9,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from distributed import Client, Event
+from distributed import Client, Event, get_worker
 
 __all__ = ["Fault", "TroubleError", "call_at", "die", "leave", "trouble"]
 
@@ -89,6 +89,26 @@ class Hold:
         if (rank, round) == (0, 0):
             self.reached().set()
             self.released().wait(60)
+
+
+@dataclass(frozen=True)
+class DiesOnArrival:
+    """A fault that kills the worker of that address as it reads it, before its member starts."""
+
+    worker: str
+
+    def __reduce__(self) -> tuple[Callable[[str], DiesOnArrival], tuple[str]]:
+        return _arrive, (self.worker,)
+
+    def __call__(self, rank: int, round: int) -> None:
+        """Does nothing more."""
+
+
+def _arrive(worker: str) -> DiesOnArrival:
+    with contextlib.suppress(ValueError):  # not on a worker
+        if get_worker().address == worker:
+            die()
+    return DiesOnArrival(worker)
 
 
 def call_at(fault: Callable[..., None] | None, rank: int, round: int) -> None:

@@ -53,7 +53,7 @@ def _client(cluster: LocalCluster) -> Iterator[Client]:
     import dask
     from distributed import Client
 
-    from dask_bridges.testing.clusters import leftovers
+    from dask_bridges.testing.traces import leftovers
 
     with dask.config.set({"dask-bridges.stop-timeout": "5s"}), Client(cluster) as client:
         client.wait_for_workers(WORKERS, timeout=60)
