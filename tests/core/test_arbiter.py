@@ -84,7 +84,8 @@ class Turns:
 
     def leave(self, gang: str, rank: int, **changes: Any) -> None:
         """What the worker of a member says when the member is done."""
-        message = {"gang": gang, "attempt": 1, "rank": rank, "outcome": "finished", "worker": self.workers[rank]}
+        message = {"gang": gang, "attempt": 1, "rank": rank, "outcome": "finished", "left": True,
+                   "worker": self.workers[rank]}  # fmt: skip
         self.scheduler.stream_handlers[OPERATION](**{**message, **changes})
 
 
@@ -259,7 +260,7 @@ def test_a_token_is_refused_before_the_turn_and_after_the_end(play: Play) -> Non
         await turns.acquire("g", [0])
         await turns.acquire("later", [0])
         assert await turns.present("later", 0) == {"refused": "its gang has ended"}
-        assert await turns.settle("g") == {"outcomes": [], "live": [], "reasons": []}
+        assert await turns.settle("g") == {"outcomes": [], "stuck": [], "absent": [0], "reasons": []}
         assert await turns.present("g", 0) == {"refused": "a member failed"}
 
     play(scenario)
@@ -294,9 +295,25 @@ def test_a_failure_asks_the_others_to_stop_and_tells_who_left_how_in_that_order(
             turns.leave("g", rank, outcome=outcome)
         assert await settled == {
             "outcomes": [(2, "collateral"), (0, "failed"), (1, "finished")],
-            "live": [],
+            "stuck": [],
+            "absent": [],
             "reasons": [],
         }
+
+    play(scenario)
+
+
+def test_what_a_member_said_first_of_its_end_holds_and_its_place_is_taken_until_it_leaves(play: Play) -> None:
+    async def scenario(turns: Turns) -> None:
+        await turns.acquire("g", [0, 1])
+        for rank in range(2):
+            await turns.present("g", rank)
+        turns.leave("g", 1, outcome="failed", left=False)
+        turns.leave("g", 0, outcome="collateral")
+        assert not await turns.granted("one", [1])
+        turns.leave("g", 1, outcome="late")
+        assert (await turns.settle("g"))["outcomes"] == [(1, "failed"), (0, "collateral")]
+        assert await turns.granted("one", [1])
 
     play(scenario)
 
@@ -309,7 +326,7 @@ def test_settling_does_not_wait_for_ever_and_says_who_is_left(play: Play) -> Non
         turns.leave("g", 1)
         settled = await turns.settle("g")
         assert settled["outcomes"] == [(1, "finished")]
-        assert settled["live"] == [0]
+        assert settled["stuck"] == [0]
         assert "had not ended after 0.05 s, and has no nanny" in dict(settled["reasons"])[0]
         turns.leave("g", 0)
 

@@ -20,6 +20,7 @@ import dask.config
 import numpy as np
 import pytest
 from distributed import Client, Event, Future, LocalCluster
+from distributed.utils import sync
 
 from dask_bridges import GangTimeout, MemberFailed, MemberLost, turns
 from dask_bridges.events import Failed, Finished, Log, Metrics, Progress, Span, Started, topic_of
@@ -74,9 +75,30 @@ def fail_among_echoes(member: Member, culprit: int) -> None:
         stopped = threading.Event()
         member.on_stop(stopped.set)
         assert stopped.wait(60)
-        member._stop_reason = None  # it had already failed when it was asked
         raise ValueError("the cause")
     raise CollectiveError("ring broken")
+
+
+def live_ranks(member: Member) -> list[int]:
+    status: dict[str, Any] = sync(member.worker.loop, turns.ask, member.worker, "status")
+    return next(gang["live"] for gang in status["gangs"] if gang["gang"] == member.gang)
+
+
+def fail_then_clean_up(member: Member, culprit: int) -> None:
+    """The culprit tells of its failure; its peers fail while it cleans up."""
+    member.exchange()
+    if member.rank != culprit:
+        stopped = threading.Event()
+        member.on_stop(stopped.set)
+        assert stopped.wait(60)
+        raise RuntimeError("the peers' own")
+    try:
+        raise ValueError("the cause")
+    except ValueError as error:
+        member.fail(error)
+        while live_ranks(member) != [culprit]:
+            pass
+        raise
 
 
 def echo_only(member: Member, payload: Any) -> None:
@@ -124,14 +146,14 @@ class Unreadable:
 def die_after_failing(member: Member, payload: Any) -> None:
     """The worker is killed right after its member has told of its failure, before the task has ended."""
     if member.rank == 0:
-        leave = member.leave
+        tell = member.tell
 
-        def leave_and_die(outcome: str) -> None:
-            leave(outcome)
+        def tell_and_die(outcome: str, left: bool = False) -> None:
+            tell(outcome, left)
             member.worker.loop.add_callback(member.worker.loop.call_later, 0.02, os.kill, os.getpid(), signal.SIGKILL)
             threading.Event().wait(10)
 
-        member.leave = leave_and_die  # type: ignore[method-assign]
+        member.tell = tell_and_die  # type: ignore[method-assign]
         raise ValueError("root")
     member.exchange()
 
@@ -298,15 +320,23 @@ def test_members_that_cannot_start_are_a_timeout_that_names_them(
 # Failures
 
 
+@pytest.mark.parametrize("function", [fail_among_echoes, fail_then_clean_up])
 @pytest.mark.parametrize("culprit", [0, 1, 2])
-def test_the_root_cause_is_found_among_its_echoes(gang: GangRunner, addresses: list[str], culprit: int) -> None:
-    events: list[Any] = []
+def test_the_root_cause_is_found_among_its_echoes(
+    gang: GangRunner, addresses: list[str], function: Callable[..., Any], culprit: int
+) -> None:
     with pytest.raises(MemberFailed, match=f"member {culprit} on .* raised ValueError: the cause") as caught:
-        gang(fail_among_echoes, [culprit] * 3, collateral=is_collective, listeners=[events.append])
+        gang(function, [culprit] * 3, collateral=is_collective)
     assert isinstance(caught.value.__cause__, ValueError)
     assert (caught.value.rank, caught.value.worker, caught.value.host) == (culprit, addresses[culprit], "127.0.0.1")
+
+
+def test_events_tell_the_cause_from_its_echoes(gang: GangRunner) -> None:
+    events: list[Any] = []
+    with pytest.raises(MemberFailed):
+        gang(fail_then_clean_up, [1] * 3, listeners=[events.append])
     causes = {event.rank: event.cause for event in events if isinstance(event, Failed)}
-    assert causes == {rank: rank == culprit for rank in range(3)}
+    assert causes == {0: False, 1: True, 2: False}
 
 
 def test_with_echoes_only_the_first_one_is_told(gang: GangRunner) -> None:

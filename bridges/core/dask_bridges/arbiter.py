@@ -50,7 +50,9 @@ class _Gang:
         self.workers: list[str] = []  # by rank, once granted
         self.nannies: list[tuple[str | None, int]] = []  # by rank: address, and process of the worker
         self.presented: set[int] = set()
-        self.ranks_done: dict[int, str] = {}  # rank -> finished, failed, collateral, lost, restarted
+        self.outcomes: dict[int, str] = {}  # rank -> finished, failed, late, collateral, lost; in the order told
+        self.left: set[int] = set()  # ranks that are there no longer
+        self.restarted: set[int] = set()  # ranks that did not end by themselves
         self.reasons: dict[int, str] = {}  # rank -> why its worker was lost
         self.enforced: asyncio.Task[None] | None = None  # sees to it that members end
         self.payloads: dict[int, dict[int, Any]] = {}
@@ -61,7 +63,7 @@ class _Gang:
     @property
     def live(self) -> set[int]:
         """Ranks that presented themselves and have not left."""
-        return self.presented - set(self.ranks_done)
+        return self.presented - self.left
 
     def holds(self) -> set[str]:
         """Workers whose place is taken: all at first, in the end those of live members."""
@@ -104,7 +106,7 @@ class Arbiter(SchedulerPlugin):  # type: ignore[misc]
         self.scheduler = scheduler
         self.watchdog = Watchdog(scheduler, self.held)
         scheduler.handlers[OPERATION] = self.handle
-        scheduler.stream_handlers[OPERATION] = self.leave
+        scheduler.stream_handlers[OPERATION] = self.tell
 
     async def close(self) -> None:
         """The scheduler closes."""
@@ -239,20 +241,27 @@ class Arbiter(SchedulerPlugin):  # type: ignore[misc]
             return {"ended": known.ending, "missing": missing}
         return {"payloads": [gathered[r] for r in range(world)]}
 
-    def leave(self, gang: str, attempt: int, rank: int, outcome: str, worker: str = "") -> None:
-        """A member is done (stream message): finished, failed, collateral or lost. All but the first end the gang."""
+    def tell(self, gang: str, attempt: int, rank: int, outcome: str, left: bool, worker: str = "") -> None:
+        """A member says how it ends (stream message), when it knows, and when it has `left`.
+
+        It has finished or failed, or comes late with a failure when it was already
+        asked to stop, or its failure is collateral, or it is lost. All but the first
+        end the gang.
+        """
         try:
             known = self.gangs.get(gang)
             if known is None or known.attempt != attempt or rank not in known.live:
                 return
             if worker and known.workers[rank] != worker:
                 return
-            known.ranks_done[rank] = outcome
+            known.outcomes.setdefault(rank, outcome)
+            if left:
+                known.left.add(rank)
             if outcome != "finished":
                 self.end(known, f"member {rank} failed")
             self._settled(known)
         except Exception:  # an error here would close the stream of an innocent worker
-            logger.exception("arbiter: leave of %s rank %s", gang, rank)
+            logger.exception("arbiter: word of %s rank %s", gang, rank)
 
     # Ends
 
@@ -278,7 +287,8 @@ class Arbiter(SchedulerPlugin):  # type: ignore[misc]
             if gang.nannies[rank][0] is None:
                 gang.reasons[rank] += ", and has no nanny that could restart its worker"
             else:
-                gang.ranks_done[rank] = "restarted"
+                gang.restarted.add(rank)
+                gang.left.add(rank)
                 gang.reasons[rank] += ", so its worker was restarted"
                 self.background(self.watchdog.end(worker, gang.reasons[rank]))
         self._settled(gang)
@@ -286,21 +296,25 @@ class Arbiter(SchedulerPlugin):  # type: ignore[misc]
     async def on_settle(self, gang: str, reason: str) -> dict[str, Any]:
         """End a gang and wait until its members have left.
 
-        Answers the "outcomes", pairs of rank and how it left, in that order; the
-        "live" ranks, which nothing could end; and the "reasons" of those lost,
-        restarted or live.
+        Answers the "outcomes", pairs of rank and how it ended, in that order; the
+        "stuck" ranks, which did not end by themselves; the "absent" ones, which never
+        started; and the "reasons" of those lost or stuck.
         """
         known = self.gangs.get(gang)
         if known is None:
-            return {"outcomes": [], "live": [], "reasons": []}
+            return {"outcomes": [], "stuck": [], "absent": [], "reasons": []}
         self.end(known, reason)
         if known.enforced is not None:
             await asyncio.wait([known.enforced])
-        for rank, outcome in known.ranks_done.items():
+        for rank, outcome in known.outcomes.items():
             if "lost" in outcome and rank not in known.reasons:
                 known.reasons[rank] = await self._last_words(known, rank)
-        return {"outcomes": list(known.ranks_done.items()), "live": sorted(known.live),
-                "reasons": list(known.reasons.items())}  # fmt: skip
+        return {
+            "outcomes": list(known.outcomes.items()),
+            "stuck": sorted(known.live | known.restarted),
+            "absent": sorted(set(range(len(known.workers))) - known.presented),
+            "reasons": list(known.reasons.items()),
+        }
 
     async def _last_words(self, gang: _Gang, rank: int) -> str:
         nanny, pid = gang.nannies[rank]
@@ -367,14 +381,15 @@ class Arbiter(SchedulerPlugin):  # type: ignore[misc]
 
     def _lose(self, gang: _Gang, rank: int, reason: str) -> None:
         """Note the loss of a member, in its place among the ends of the others, and end its gang."""
-        worker, before = gang.workers[rank], gang.ranks_done.get(rank, "")
+        worker, before = gang.workers[rank], gang.outcomes.get(rank, "")
         gang.presented.add(rank)
-        if before == "restarted" or (gang.released and before):
+        if rank in gang.restarted or (gang.released and rank in gang.left):
             return
+        gang.left.add(rank)
         if before == "finished":  # it is lost with its result, and only now is that a reason to end
-            del gang.ranks_done[rank]
+            del gang.outcomes[rank]
         if before != "failed":  # an echo of its peers' failures was the first sign of the loss
-            gang.ranks_done[rank] = "finished, then lost" if before == "finished" else "lost"
+            gang.outcomes[rank] = "finished, then lost" if before == "finished" else "lost"
         if reason:
             gang.reasons[rank] = reason
         if not gang.released:

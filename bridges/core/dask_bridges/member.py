@@ -108,7 +108,8 @@ class Member:
         self.world_size = len(spec.workers)
         self.worker = worker
         self.host: str = host_of(worker.address)
-        self.outcome = ""  # how it ended: finished, failed, collateral or lost; empty if it had no place
+        self.outcome = ""  # how it ends, see `Arbiter.tell`; empty if it had no place
+        self._failed = False
         self._step = 0
         self._stop_reason: str | None = None
         self._on_stop: list[Callable[[], Any]] = []
@@ -219,10 +220,27 @@ class Member:
         for callback in callbacks:
             threading.Thread(target=callback, name=f"stop-{self.gang}-{self.rank}", daemon=True).start()
 
-    def leave(self, outcome: str) -> None:
-        """Tell the arbiter that this member is done, ahead of the task's own result."""
+    # Ending
+
+    def fail(self, error: BaseException) -> None:
+        """Tell of a failure at once, before what cleaning up does to the peers makes them fail, too."""
+        if self._failed:
+            return
+        self._failed = True
+        self.outcome = self._classify(error)
+        self.emit(Failed, error=f"{type(error).__name__}: {error}"[:2000], cause=self.outcome == "failed")
+        self.tell(self.outcome)
+
+    def _classify(self, error: BaseException) -> str:
+        echo = isinstance(error, MemberStopped) or self.spec.collateral(error)
+        if self.stopping is not None or echo:
+            return "lost" if self.leaving else "collateral" if echo else "late"
+        return "failed"
+
+    def tell(self, outcome: str, left: bool = False) -> None:
+        """Tell the arbiter how this member ends, and when it has left, ahead of the task's own result."""
         message = {"op": arbiter.OPERATION, "gang": self.gang, "attempt": self.attempt,
-                   "rank": self.rank, "outcome": outcome}  # fmt: skip
+                   "rank": self.rank, "outcome": outcome, "left": left}  # fmt: skip
         self.worker.loop.add_callback(self.worker.batched_send, message)
 
 
@@ -265,7 +283,7 @@ def _registered(member: Member) -> Iterator[None]:
     finally:
         del _members[key]
         if member.outcome:
-            member.leave(member.outcome)
+            member.tell(member.outcome, left=True)
 
 
 def run_member(spec: MemberSpec) -> Any:
@@ -291,10 +309,7 @@ def _run_accepted(member: Member) -> Any:
         member.outcome = "finished"
         return result
     except BaseException as error:
-        stopped = isinstance(error, MemberStopped) or member.stopping is not None
-        if stopped or member.spec.collateral(error):
-            member.outcome = "lost" if member.leaving else "collateral"
-        member.emit(Failed, error=f"{type(error).__name__}: {error}"[:2000], cause=member.outcome == "failed")
+        member.fail(error)
         if isinstance(error, Exception):
             raise
         raise _guarded(member, error) from None

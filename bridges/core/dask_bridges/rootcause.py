@@ -59,10 +59,11 @@ class RootCause:
         """
         outcomes: dict[int, str] = dict(settled["outcomes"])
         reasons: dict[int, str] = dict(settled["reasons"])
-        for rank, outcome in outcomes.items():
-            if outcome in ("failed", "lost", "finished, then lost"):
-                return await self._describe(rank, outcome, reasons.get(rank, ""))
-        absent = [rank for rank in range(len(self.workers)) if rank not in outcomes and rank not in settled["live"]]
+        for kinds in (("failed", "lost", "finished, then lost"), ("late",)):
+            for rank, outcome in outcomes.items():
+                if outcome in kinds:
+                    return await self._describe(rank, outcome, reasons.get(rank, ""))
+        absent = settled["absent"]
         if absent and raised is None:
             return late_to_start(self.label, self.workers, absent, self.start_timeout)
         for rank in absent:
@@ -77,9 +78,8 @@ class RootCause:
     @staticmethod
     def stuck(settled: dict[str, Any]) -> list[str]:
         """What to say of members that did not end."""
-        restarted = [rank for rank, outcome in settled["outcomes"] if outcome == "restarted"]
         reasons = dict(settled["reasons"])
-        return [reasons[rank] for rank in (*restarted, *settled["live"]) if rank in reasons]
+        return [reasons[rank] for rank in settled["stuck"] if rank in reasons]
 
     async def _describe(self, rank: int, outcome: str, reason: str = "") -> BaseException:
         worker = self.workers[rank]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import logging
 import socket
 import threading
@@ -16,6 +17,7 @@ from xgboost.tracker import RabitTracker
 
 from dask_bridges.errors import PlacementError
 from dask_bridges.member import Member
+from dask_xgboost.sockets import CollectiveSockets, shut_down_port
 
 __all__ = ["capture_log", "communicator", "is_collective_error", "port_range"]
 
@@ -66,6 +68,10 @@ def _DROP(message: bytes) -> None:
     """Keeps nothing: the thread ends with its member."""
 
 
+#: Seconds in which a tracker that is to end does.
+TRACKER_TIMEOUT = 5
+
+
 class _Tracker:
     """A `RabitTracker` that is freed once, by whichever thread comes first."""
 
@@ -93,11 +99,19 @@ class _Tracker:
         )
 
     def free(self) -> None:
-        """Release tracker and port; members that still wait for it fail at once."""
+        """Release tracker and port; members that still wait for it fail at once.
+
+        `RabitTracker.free` closes the port under the tracker's own thread, which may
+        then wait for ever at whatever has got its file descriptor next. So it is
+        ended first, by the error that it reads from a port that is shut down.
+        """
         with self._lock:
             tracker, self._tracker = self._tracker, None
         if tracker is not None:
-            with contextlib.suppress(XGBoostError):  # raised for a group that never formed
+            shut_down_port(self.args["dmlc_tracker_port"])
+            with contextlib.suppress(XGBoostError):  # raised for a group that has not parted in good order
+                tracker.wait_for(TRACKER_TIMEOUT)
+            with contextlib.suppress(XGBoostError):
                 tracker.free()
 
 
@@ -116,24 +130,36 @@ def communicator(member: Member, host: str | None, port: int | str | tuple[int, 
     if member.world_size == 1:
         yield
         return
-    tracker = None
+    tracker, sockets = None, CollectiveSockets(member.spec.workers)
     if member.rank == 0:
         tracker = _Tracker(member.world_size, host or member.host, port_range(port))
         member.on_stop(tracker.free)
     try:
         with member.span("communicate"):
-            args = member.exchange(tracker.args if tracker else None)[0]
-            # Ranks follow the sorted task ids, so that XGBoost's rank is the gang's.
-            # One retry: the tracker listens already, and when it is gone, goodbyes to it should not take long.
-            collective.init(**args, dmlc_task_id=f"{member.rank:06d}", dmlc_retry=1)
+            _join(member, sockets, member.exchange(tracker.args if tracker else None)[0])
         try:
             yield
-        except BaseException:
+        except BaseException as error:
+            member.fail(error)  # before the peers hear of it
             with contextlib.suppress(XGBoostError):  # not to hide the failure that brought us here
                 collective.finalize()
             raise
+        sockets.part_in_good_order()
         collective.finalize()
         member.exchange()  # the tracker serves until the last rank has said goodbye
     finally:
+        sockets.close()
         if tracker is not None:
             tracker.free()
+
+
+def _join(member: Member, sockets: CollectiveSockets, args: dict[str, Any]) -> None:
+    """Join the group that gathers at the tracker; who is asked to stop is blocked in it no longer."""
+    there = (str(args["dmlc_tracker_uri"]), int(args["dmlc_tracker_port"]))
+    member.on_stop(functools.partial(sockets.break_connections_to, there))
+    with sockets.opening():
+        # Ranks follow the sorted task ids, so that XGBoost's rank is the gang's.
+        # One retry: the tracker listens already, and when it is gone, goodbyes to it should not take long.
+        collective.init(**args, dmlc_task_id=f"{member.rank:06d}", dmlc_retry=1)
+    sockets.keep_ring(member.exchange(sockets.pairs()))
+    member.on_stop(sockets.break_ring)

@@ -66,8 +66,8 @@ def _footprint_here(dask_worker: Worker) -> dict[str, Any]:
     process = psutil.Process()
     names = [thread.name for thread in threading.enumerate()]
     return {
-        "task threads": sum(name.startswith("Dask-Default-Threads") for name in names) - dask_worker.state.nthreads,
-        "stopping threads": [name for name in names if name.startswith("stop-")],
+        "task threads": max(0, sum(n.startswith("Dask-Default-Threads") for n in names) - dask_worker.state.nthreads),
+        "stopping threads": [n for n in names if n.startswith("stop-")],
         "ports": sorted(c.laddr.port for c in process.net_connections("tcp") if c.status == psutil.CONN_LISTEN),
         "children": sorted(child.pid for child in process.children(recursive=True)),
     }
