@@ -14,12 +14,12 @@ import dask
 from distributed import Client, LocalCluster, wait
 
 from dask_bridges.gang import Gang, GangPlan
-from dask_bridges.member import Member
+from dask_bridges.task import WorkerMember
 
 REPEATS = 30
 
 
-def nothing(member: Member, payload: Any) -> None:
+def nothing(member: WorkerMember, payload: Any) -> None:
     """A member that does nothing."""
 
 

@@ -21,7 +21,7 @@ from distributed import Client, Event, LocalCluster
 
 from dask_bridges import MemberLost, clients, turns
 from dask_bridges.gang import Gang, GangPlan
-from dask_bridges.member import Member
+from dask_bridges.task import WorkerMember
 from dask_bridges.testing import command_line_cluster, leftovers
 
 pytestmark = pytest.mark.cluster
@@ -37,11 +37,11 @@ SHORT = {
 # What members do
 
 
-def rank_of(member: Member, payload: Any) -> int:
+def rank_of(member: WorkerMember, payload: Any) -> int:
     return member.rank
 
 
-def until_stopped(member: Member, up: str) -> None:
+def until_stopped(member: WorkerMember, up: str) -> None:
     """Run until asked to stop; `up` and the rank name an event that is set once it runs."""
     stopped = threading.Event()
     member.on_stop(stopped.set)
@@ -51,20 +51,20 @@ def until_stopped(member: Member, up: str) -> None:
     member.check()
 
 
-def never_ending(member: Member, up: str) -> None:
+def never_ending(member: WorkerMember, up: str) -> None:
     """Does not listen, as a thread inside a framework."""
     Event(f"{up}-{member.rank}").set()
     threading.Event().wait()
 
 
-def holds_the_gil(member: Member, seconds: float) -> int:
+def holds_the_gil(member: WorkerMember, seconds: float) -> int:
     """Nothing else in the process runs meanwhile, and no processor time is used."""
     if member.rank == 0:
         ctypes.PyDLL(None).usleep(int(seconds * 1e6))
     return member.rank
 
 
-def eats_memory(member: Member, size: int) -> None:
+def eats_memory(member: WorkerMember, size: int) -> None:
     if member.rank == 1:
         food = bytearray(b"x") * size
         threading.Event().wait()
@@ -216,7 +216,7 @@ def test_an_adaptive_cluster_keeps_the_workers_of_a_gang() -> None:
             assert gang.result(30) == [0, 1]
 
 
-def until_told(member: Member, up: str) -> int:
+def until_told(member: WorkerMember, up: str) -> int:
     Event(f"{up}-{member.rank}").set()
     assert Event("gone").wait(30)
     return member.rank

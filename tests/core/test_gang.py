@@ -25,7 +25,7 @@ from distributed.utils import sync
 from dask_bridges import GangTimeout, MemberFailed, MemberLost, turns
 from dask_bridges.events import Failed, Finished, Log, Metrics, Progress, Span, Started, topic_of
 from dask_bridges.gang import Gang, GangPlan
-from dask_bridges.member import Member
+from dask_bridges.task import WorkerMember
 from dask_bridges.testing import leftovers
 
 GangRunner = Callable[..., Any]
@@ -34,11 +34,11 @@ GangRunner = Callable[..., Any]
 # What members do
 
 
-def hello(member: Member, payload: Any) -> tuple[int, Any]:
+def hello(member: WorkerMember, payload: Any) -> tuple[int, Any]:
     return member.rank, payload
 
 
-def speak(member: Member, payload: Any) -> None:
+def speak(member: WorkerMember, payload: Any) -> None:
     with member.span("compute"):
         member.progress(np.int64(1), np.int64(2))
         member.metrics(np.int64(0), {np.str_("loss"): np.float64(0.5)})
@@ -46,7 +46,7 @@ def speak(member: Member, payload: Any) -> None:
         member.exchange()
 
 
-def until_stopped(member: Member, up: str) -> None:
+def until_stopped(member: WorkerMember, up: str) -> None:
     """Run until asked to stop; `up` is set once it runs."""
     stopped = threading.Event()
     member.on_stop(stopped.set)
@@ -68,7 +68,7 @@ def is_collective(error: BaseException) -> bool:
     return isinstance(error, CollectiveError)
 
 
-def fail_among_echoes(member: Member, culprit: int) -> None:
+def fail_among_echoes(member: WorkerMember, culprit: int) -> None:
     """The culprit raises after its peers have raised what its failure did to them."""
     member.exchange()
     if member.rank == culprit:
@@ -79,12 +79,12 @@ def fail_among_echoes(member: Member, culprit: int) -> None:
     raise CollectiveError("ring broken")
 
 
-def live_ranks(member: Member) -> list[int]:
+def live_ranks(member: WorkerMember) -> list[int]:
     status: dict[str, Any] = sync(member.worker.loop, turns.ask, member.worker, "status")
     return next(gang["live"] for gang in status["gangs"] if gang["gang"] == member.gang)
 
 
-def fail_then_clean_up(member: Member, culprit: int) -> None:
+def fail_then_clean_up(member: WorkerMember, culprit: int) -> None:
     """The culprit tells of its failure; its peers fail while it cleans up."""
     member.exchange()
     if member.rank != culprit:
@@ -101,11 +101,11 @@ def fail_then_clean_up(member: Member, culprit: int) -> None:
         raise
 
 
-def echo_only(member: Member, payload: Any) -> None:
+def echo_only(member: WorkerMember, payload: Any) -> None:
     raise CollectiveError("ring broken")
 
 
-def exit_python(member: Member, payload: Any) -> None:
+def exit_python(member: WorkerMember, payload: Any) -> None:
     if member.rank == 1:
         sys.exit(3)
     member.exchange()
@@ -117,13 +117,13 @@ class HasLock(Exception):  # noqa: N818
         self.lock = threading.Lock()
 
 
-def raise_unpicklable(member: Member, payload: Any) -> None:
+def raise_unpicklable(member: WorkerMember, payload: Any) -> None:
     if member.rank == 1:
         raise HasLock("with a lock in it")
     member.exchange()
 
 
-def return_unpicklable(member: Member, payload: Any) -> Any:
+def return_unpicklable(member: WorkerMember, payload: Any) -> Any:
     return threading.Lock()
 
 
@@ -143,7 +143,7 @@ class Unreadable:
         return explode, (self.rank,)
 
 
-def die_after_failing(member: Member, payload: Any) -> None:
+def die_after_failing(member: WorkerMember, payload: Any) -> None:
     """The worker is killed right after its member has told of its failure, before the task has ended."""
     if member.rank == 0:
         tell = member.tell
@@ -166,7 +166,7 @@ def test_results_come_by_rank(gang: GangRunner) -> None:
 
 
 def test_members_run_where_they_were_asked_to(gang: GangRunner, addresses: list[str]) -> None:
-    def where(member: Member, payload: Any) -> str:
+    def where(member: WorkerMember, payload: Any) -> str:
         return str(member.worker.address)
 
     assert gang(where, [0, 1], workers=addresses[:0:-1]) == addresses[:0:-1]
@@ -222,7 +222,7 @@ def test_events_of_an_earlier_attempt_are_not_heard(client: Client, addresses: l
     assert not any(isinstance(event, Log) for event in seen)
 
 
-def as_another_attempt(member: Member, payload: Any) -> None:
+def as_another_attempt(member: WorkerMember, payload: Any) -> None:
     """Say something as a member of the first attempt that was not quick enough to die."""
     member.attempt = 1
     member.log("out of date")
@@ -230,7 +230,7 @@ def as_another_attempt(member: Member, payload: Any) -> None:
 
 
 def test_a_line_of_a_member_is_logged_with_gang_and_rank(gang: GangRunner, caplog: pytest.LogCaptureFixture) -> None:
-    def say(member: Member, payload: Any) -> str:
+    def say(member: WorkerMember, payload: Any) -> str:
         member.log("here I am", logging.WARNING)
         return member.gang
 
@@ -278,7 +278,7 @@ def test_who_waits_is_told_for_whom(client: Client, gang: GangRunner, caplog: py
     assert f"[gang {seen[0].gang}] test gang waits for running test gang" in caplog.text
 
 
-def hold_gang(member: Member, name: str) -> None:
+def hold_gang(member: WorkerMember, name: str) -> None:
     hold(name)
 
 
@@ -345,7 +345,7 @@ def test_with_echoes_only_the_first_one_is_told(gang: GangRunner) -> None:
 
 
 def test_the_traceback_leads_into_the_members_function(gang: GangRunner) -> None:
-    def deep_inside(member: Member, payload: Any) -> None:
+    def deep_inside(member: WorkerMember, payload: Any) -> None:
         raise ValueError("deep")
 
     with pytest.raises(MemberFailed) as caught:
@@ -495,7 +495,7 @@ def test_functions_of_a_module_registered_by_value_reach_the_workers(processes: 
     assert processes(call_payload, [hello, hello]) == [(0, None), (1, None)]
 
 
-def call_payload(member: Member, payload: Callable[..., Any]) -> Any:
+def call_payload(member: WorkerMember, payload: Callable[..., Any]) -> Any:
     return payload(member, None)
 
 

@@ -1,20 +1,32 @@
-"""The loopback framework keeps the contract of all bridges."""
+"""The loopback framework keeps the contract of all bridges, in workers' own processes and in children of them."""
 
 from typing import Any
 
+import pytest
 from distributed import Client
 
 from dask_bridges.testing import loopback
-from dask_bridges.testing.contract import BridgeContract
+from dask_bridges.testing.contract import BridgeContract, EndingContract, FailureContract
 
 
-class TestLoopback(BridgeContract):
+class Loopback:
+    child = False
+
     def train(self, client: Client | None, X: Any, y: Any, **options: Any) -> Any:
         options.setdefault("rounds", 1)
-        return loopback.train(client, X, y, **options)
+        return loopback.train(client, X, y, child=self.child, **options)
 
     def check(self, result: Any, X: Any, y: Any) -> None:
         alone, labels = X.compute(), y.compute()
         assert result.total == (alone * labels[:, None]).sum()
         assert sum(result.rows) == len(alone)
         assert all(result.rows)
+
+
+class TestLoopback(Loopback, BridgeContract):
+    pass
+
+
+@pytest.mark.cluster
+class TestLoopbackInChildProcesses(Loopback, FailureContract, EndingContract):
+    child = True

@@ -25,8 +25,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dask_bridges import DataError, PlacementError, config, partitions
-from dask_bridges.member import Member
 from dask_bridges.partitions import Partitions, assign
+from dask_bridges.task import WorkerMember
 from dask_bridges.testing import loopback
 
 WORKERS = ["a", "b", "c", "d", "e"]
@@ -410,7 +410,7 @@ def test_a_member_takes_its_parts_one_at_a_time() -> None:
     assert 1 <= Unspilling.peak <= 2  # the next is there before the last one is let go
 
 
-def take_lost(member: Member, payload: Any) -> Any:
+def take_lost(member: WorkerMember, payload: Any) -> Any:
     return partitions.take(member.worker, "gone")
 
 

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 
 from dask_bridges import MemberFailed, MemberLost, PlacementError
 from dask_bridges.gang import Gang, GangPlan
-from dask_bridges.member import Member
+from dask_bridges.task import WorkerMember
 from dask_bridges.testing import command_line_cluster, leftovers
 
 pytestmark = pytest.mark.cluster
@@ -56,7 +56,7 @@ wishes = st.builds(
 )
 
 
-def exchange_rounds(member: Member, payload: tuple[Wish, str]) -> int:
+def exchange_rounds(member: WorkerMember, payload: tuple[Wish, str]) -> int:
     """Note down that it runs, then exchange, and fail if it is the one to."""
     wish, log = payload
     file = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)

@@ -21,9 +21,10 @@ from dask_bridges import config, turns
 from dask_bridges.config import Deadlines
 from dask_bridges.errors import GangTimeout, MemberFailed, MemberLost, PlacementError
 from dask_bridges.events import Event, EventStream, Log, Lost, Span, Started, topic_of
-from dask_bridges.member import Member, MemberSpec, never_collateral, run_member
+from dask_bridges.member import MemberSpec, never_collateral
 from dask_bridges.rootcause import RootCause
 from dask_bridges.shipping import sealed_task
+from dask_bridges.task import run_member
 
 __all__ = ["Gang", "GangPlan"]
 
@@ -57,7 +58,7 @@ class GangPlan:
     """
 
     label: str
-    function: Callable[[Member, Any], Any]
+    function: Callable[[Any, Any], Any]
     payloads: Sequence[Any]
     workers: Sequence[str]
     exclusive: bool = True

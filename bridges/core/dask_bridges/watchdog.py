@@ -22,7 +22,7 @@ from distributed.protocol import Serialized, deserialize
 from distributed.protocol.pickle import dumps
 from distributed.scheduler import heartbeat_interval
 
-__all__ = ["Watchdog", "last_words", "processor_time"]
+__all__ = ["Watchdog", "last_words", "processor_time", "time_used"]
 
 logger = logging.getLogger("dask_bridges.arbiter")
 
@@ -38,17 +38,22 @@ Limits = dict[str, float]
 
 
 def processor_time(dask_worker: Any) -> float:
-    """What a nanny's worker process has used; any change of it is a sign of life.
+    """What a nanny's worker process has used."""
+    return time_used(dask_worker.pid)
+
+
+def time_used(pid: int) -> float:
+    """Processor time that a process has used; any change of it is a sign of life.
 
     In nanoseconds where Linux tells: a process whose threads wait for one that
     holds the GIL uses microseconds.
     """
-    threads = Path(f"/proc/{dask_worker.pid}/task").glob("*/schedstat")
+    threads = Path(f"/proc/{pid}/task").glob("*/schedstat")
     if used := sum(int(thread.read_text().split()[0]) for thread in threads):
         return used
     import psutil
 
-    times = psutil.Process(dask_worker.pid).cpu_times()
+    times = psutil.Process(pid).cpu_times()
     return float(times.user + times.system)
 
 

@@ -16,7 +16,7 @@ from xgboost.core import XGBoostError
 from xgboost.tracker import RabitTracker
 
 from dask_bridges.errors import PlacementError
-from dask_bridges.member import Member
+from dask_bridges.task import WorkerMember
 from dask_xgboost.sockets import CollectiveSockets, shut_down_port
 
 __all__ = ["capture_log", "communicator", "is_collective_error", "port_range"]
@@ -44,7 +44,7 @@ def port_range(port: int | str | tuple[int, int]) -> range:
 
 
 @contextlib.contextmanager
-def capture_log(member: Member) -> Iterator[None]:
+def capture_log(member: WorkerMember) -> Iterator[None]:
     """Send what XGBoost prints from this thread to the member's log.
 
     XGBoost keeps its log callback by thread, and its Python package sets one in
@@ -116,7 +116,7 @@ class _Tracker:
 
 
 @contextlib.contextmanager
-def communicator(member: Member, host: str | None, port: int | str | tuple[int, int]) -> Iterator[None]:
+def communicator(member: WorkerMember, host: str | None, port: int | str | tuple[int, int]) -> Iterator[None]:
     """Join the gang's collective; training inside it is distributed. A gang of one needs none.
 
     Parameters
@@ -153,7 +153,7 @@ def communicator(member: Member, host: str | None, port: int | str | tuple[int, 
             tracker.free()
 
 
-def _join(member: Member, sockets: CollectiveSockets, args: dict[str, Any]) -> None:
+def _join(member: WorkerMember, sockets: CollectiveSockets, args: dict[str, Any]) -> None:
     """Join the group that gathers at the tracker; who is asked to stop is blocked in it no longer."""
     there = (str(args["dmlc_tracker_uri"]), int(args["dmlc_tracker_port"]))
     member.on_stop(functools.partial(sockets.break_connections_to, there))

@@ -10,7 +10,7 @@ import numpy as np
 import xgboost as xgb
 
 from dask_bridges import partitions
-from dask_bridges.member import Member
+from dask_bridges.task import WorkerMember
 from dask_xgboost.blocks import as_array, recode, split
 from dask_xgboost.dmatrix import MatrixSpec
 
@@ -20,7 +20,7 @@ __all__ = ["build"]
 class _Blocks(xgb.DataIter):  # type: ignore[misc]
     """Feeds XGBoost the blocks of this rank. XGBoost reads them four times."""
 
-    def __init__(self, member: Member, spec: MatrixSpec, empty: Any) -> None:
+    def __init__(self, member: WorkerMember, spec: MatrixSpec, empty: Any) -> None:
         self.member = member
         self.spec = spec
         self.empty = empty
@@ -69,7 +69,7 @@ class _Blocks(xgb.DataIter):  # type: ignore[misc]
 
 
 def build(
-    member: Member, spec: MatrixSpec, *, max_bin: int, nthread: int, ref: Any = None, empty: Any = None
+    member: WorkerMember, spec: MatrixSpec, *, max_bin: int, nthread: int, ref: Any = None, empty: Any = None
 ) -> tuple[Any, Any]:
     """Bin the blocks of this rank.
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import xgboost as xgb
 
-from dask_bridges.member import Member
+from dask_bridges.task import WorkerMember
 from dask_xgboost.communicator import capture_log, communicator
 from dask_xgboost.dmatrix import MatrixSpec
 from dask_xgboost.matrices import build
@@ -53,7 +53,7 @@ class TrainResult:
     callbacks: Sequence[Any]
 
 
-def train_rank(member: Member, spec: TrainSpec) -> TrainResult | None:
+def train_rank(member: WorkerMember, spec: TrainSpec) -> TrainResult | None:
     """Train one rank; rank 0 returns the result.
 
     The communicator, the matrices and the training share this thread: XGBoost's
@@ -67,7 +67,7 @@ def train_rank(member: Member, spec: TrainSpec) -> TrainResult | None:
     return TrainResult(booster, history, loop.callbacks) if member.rank == 0 else None
 
 
-def _matrices(member: Member, spec: TrainSpec) -> tuple[Any, list[tuple[Any, str]]]:
+def _matrices(member: WorkerMember, spec: TrainSpec) -> tuple[Any, list[tuple[Any, str]]]:
     """Every rank builds every matrix: XGBoost agrees on cuts and categories between them."""
     params = spec.loop.params
     binning = {
@@ -84,12 +84,14 @@ def _matrices(member: Member, spec: TrainSpec) -> tuple[Any, list[tuple[Any, str
     return matrix, evals
 
 
-def _threads(member: Member, params: dict[str, Any]) -> Any:
+def _threads(member: WorkerMember, params: dict[str, Any]) -> Any:
     """The user's number of threads, by either of its names, or the worker's."""
     return params.get("nthread", params.get("n_jobs", member.worker.state.nthreads))
 
 
-def _boost(member: Member, loop: Loop, matrix: Any, evals: list[tuple[Any, str]]) -> tuple[xgb.Booster, dict[str, Any]]:
+def _boost(
+    member: WorkerMember, loop: Loop, matrix: Any, evals: list[tuple[Any, str]]
+) -> tuple[xgb.Booster, dict[str, Any]]:
     params = {**loop.params, "nthread": _threads(member, loop.params)}
     params.pop("n_jobs", None)
     wanted = metric_names(params)
@@ -146,7 +148,7 @@ class _Report(xgb.callback.TrainingCallback):  # type: ignore[misc]
     """Runs first after each round: puts the metrics in the user's order, and tells the client."""
 
     def __init__(
-        self, member: Member, total: int, wanted: list[str], evals: list[tuple[Any, str]], custom: Any
+        self, member: WorkerMember, total: int, wanted: list[str], evals: list[tuple[Any, str]], custom: Any
     ) -> None:
         self.member = member
         self.total = total

@@ -8,8 +8,9 @@ import signal
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
-from distributed import Client, Event, get_worker
+from distributed import Client, Event, get_client, get_worker
 
 __all__ = ["Fault", "TroubleError", "call_at", "die", "leave", "trouble"]
 
@@ -38,6 +39,21 @@ def leave() -> None:
     raise SystemExit(0)
 
 
+def crash() -> None:
+    """Use memory that is not there."""
+    os.kill(os.getpid(), signal.SIGSEGV)
+
+
+def vanish() -> None:
+    """Leave without a word, as if all were well."""
+    os._exit(0)
+
+
+def vanish_badly() -> None:
+    """Leave without a word, as if all were not well."""
+    os._exit(1)
+
+
 @dataclass(frozen=True)
 class Fault:
     """Do `action` on `rank` after round `round`.
@@ -62,11 +78,12 @@ class Hold:
     """A fault that holds rank 0 after its first round, until it is released."""
 
     name: str
+    scheduler: str
 
     @classmethod
-    def new(cls) -> Hold:
+    def new(cls, client: Client) -> Hold:
         """A hold of its own name."""
-        return cls(uuid.uuid4().hex)
+        return cls(uuid.uuid4().hex, client.scheduler.address)
 
     def reached(self, client: Client | None = None) -> Event:
         """Set when rank 0 is held."""
@@ -87,8 +104,39 @@ class Hold:
     def __call__(self, rank: int, round: int) -> None:
         """Called by the bridge's member after each round."""
         if (rank, round) == (0, 0):
-            self.reached().set()
-            self.released().wait(60)
+            with self._client() as client:
+                self.reached(client).set()
+                self.released(client).wait(60)
+
+    @contextlib.contextmanager
+    def _client(self) -> Iterator[Client]:
+        """The worker's client, or one of its own in a child process."""
+        try:
+            client = get_client()
+        except ValueError:
+            with Client(self.scheduler, set_as_default=False) as client:
+                yield client
+        else:
+            yield client
+
+
+@dataclass(frozen=True)
+class RollCall:
+    """Another fault, before which every rank writes down, after its first round, that it runs."""
+
+    file: Path
+    fault: Callable[..., None]
+
+    def ranks(self) -> list[int]:
+        """Who has run, as often as it has."""
+        return [int(line) for line in self.file.read_text().split()]
+
+    def __call__(self, rank: int, round: int) -> None:
+        """Called by the bridge's member after each round."""
+        if round == 0:
+            with self.file.open("a") as file:
+                file.write(f"{rank}\n")
+        self.fault(rank=rank, round=round)
 
 
 @dataclass(frozen=True)

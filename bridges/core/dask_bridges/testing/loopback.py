@@ -6,7 +6,7 @@ with nothing else installed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,8 @@ from dask_bridges import clients, config, partitions, placement
 from dask_bridges.events import Event
 from dask_bridges.gang import Gang, GangPlan
 from dask_bridges.member import Member
+from dask_bridges.processes import run_in_child
+from dask_bridges.task import WorkerMember
 from dask_bridges.testing.faults import call_at
 
 __all__ = ["LoopbackResult", "train"]
@@ -26,6 +28,7 @@ class _Spec:
     keys: tuple[Any, ...]
     rounds: int
     fault: Callable[..., None] | None
+    child: bool = False
 
 
 @dataclass(frozen=True)
@@ -47,16 +50,35 @@ class LoopbackResult:
     events: list[Event]
 
 
-def _member(member: Member, spec: _Spec) -> tuple[float, int]:
+def _member(member: WorkerMember, spec: _Spec) -> tuple[float, int]:
+    if spec.child:
+        return run_in_child(member, _sum, (list(_Blocks(member, spec.keys)), spec))  # type: ignore[no-any-return]
+    return _sum(member, (_Blocks(member, spec.keys), spec))
+
+
+@dataclass(frozen=True)
+class _Blocks:
+    """The partitions a member holds, taken one at a time."""
+
+    member: WorkerMember
+    keys: tuple[Any, ...]
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        for key in self.keys:
+            with self.member.span("receive"):
+                part = partitions.take(self.member.worker, key)
+            yield part
+
+
+def _sum(member: Member, work: tuple[Iterable[dict[str, Any]], _Spec]) -> tuple[float, int]:
+    blocks, spec = work
     total, rows = 0.0, 0
     call_at(spec.fault, member.rank, -1)
     for done in range(1, spec.rounds + 1):
         member.check()
         local, rows = 0.0, 0
         with member.span("compute"):
-            for key in spec.keys:
-                with member.span("receive"):
-                    part = partitions.take(member.worker, key)
+            for part in blocks:
                 local += float((part["X"] * part["y"][:, None]).sum())
                 rows += partitions.rows_of(part["X"])
         with member.span("communicate"):
@@ -76,6 +98,7 @@ def train(
     rounds: int = 1,
     workers: str | Sequence[str] | None = None,
     fault: Callable[..., None] | None = None,
+    child: bool = False,
     exclusive: bool = True,
     timeout: float | str | None = None,
     listeners: Sequence[Callable[[Event], None]] = (),
@@ -92,6 +115,8 @@ def train(
         As in every bridge.
     fault : callable, optional
         ``fault(rank=, round=)``, called in the member before the first round (-1) and after each.
+    child : bool
+        Whether members do their work in child processes of their workers.
     listeners : sequence of callable
         Called with every event.
 
@@ -109,7 +134,7 @@ def train(
         await placement.check_packages(client, [w.address for w in usable], ["dask_bridges"])
         await parts.spread(client, [w.address for w in usable])
         ranks = parts.holding()
-        specs = [_Spec(parts.keys_on(worker), rounds, fault) for worker in ranks]
+        specs = [_Spec(parts.keys_on(worker), rounds, fault, child) for worker in ranks]
         plan = GangPlan("loopback", _member, specs, ranks, exclusive=exclusive, timeout=timeout)
         gang = Gang(client, plan)
         for listener in listeners:

@@ -8,13 +8,13 @@ from typing import Any
 
 from distributed import Client, Worker
 
-from dask_bridges import member, turns
+from dask_bridges import task, turns
 
 __all__ = ["footprint", "leftovers", "wait_until_free", "wait_until_same"]
 
 
 def _members_here() -> list[str]:
-    return [f"gang {gang} rank {rank}" for (_, gang, rank) in member._members]
+    return [f"gang {gang} rank {rank}" for (_, gang, rank) in task._members]
 
 
 def leftovers(client: Client) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from dask_bridges.testing.contract.failures import FailureContract
 from dask_bridges.testing.contract.runs import RunContract
 from dask_bridges.testing.contract.turns import TurnContract
 
-__all__ = ["BridgeContract"]
+__all__ = ["BridgeContract", "EndingContract", "FailureContract", "RunContract", "TurnContract"]
 
 
 @pytest.mark.cluster

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,19 @@ from distributed import Client
 
 from dask_bridges import MemberFailed, MemberLost
 from dask_bridges.testing.contract.base import Contract, make_data
-from dask_bridges.testing.faults import DiesOnArrival, Fault, TroubleError, die, freeze, leave, trouble
+from dask_bridges.testing.faults import (
+    DiesOnArrival,
+    Fault,
+    RollCall,
+    TroubleError,
+    crash,
+    die,
+    freeze,
+    leave,
+    trouble,
+    vanish,
+    vanish_badly,
+)
 from dask_bridges.testing.traces import footprint, leftovers, wait_until_same
 
 __all__ = ["FailureContract"]
@@ -55,6 +68,28 @@ class FailureContract(Contract):
         assert caught.value.worker not in gone
         # Of the others only those that the error itself says were restarted, stuck in the framework.
         assert all(worker in " ".join(getattr(caught.value, "__notes__", [])) for worker in gone)
+
+    @pytest.mark.parametrize(
+        ("action", "said"),
+        [
+            (vanish, "exit code 0|it died or left the cluster"),
+            (vanish_badly, "exit code 1|exited with status 1"),
+            (crash, "SIGSEGV|killed by signal 11"),
+            (die, "SIGKILL|killed by signal 9"),
+        ],
+        ids=["os._exit(0)", "os._exit(1)", "segfault", "SIGKILL"],
+    )
+    def test_a_member_that_ends_without_a_result_is_lost_and_says_how(
+        self, bridges_doomed_client: Client, tmp_path: Path, action: Callable[[], None], said: str
+    ) -> None:
+        X, y = make_data()
+        roll = RollCall(tmp_path / "ran", Fault(1, 1, action))
+        with pytest.raises(MemberLost, match=f"member 1 was lost.*({said})") as caught:
+            self.train(bridges_doomed_client, X, y, fault=roll, rounds=1000)
+        assert caught.value.rank == 1
+        assert sorted(roll.ranks()) == [0, 1, 2]  # nobody ran twice
+        assert leftovers(bridges_doomed_client) == {}
+        self.check(self.train(bridges_doomed_client, X, y), X, y)
 
     def test_a_worker_killed_while_partitions_are_computed_costs_no_result(
         self, bridges_doomed_client: Client, tmp_path: Path

@@ -19,7 +19,7 @@ class TurnContract(Contract):
 
     def test_who_waits_too_long_is_told_for_whom(self, bridges_client: Client) -> None:
         X, y = make_data()
-        hold = Hold.new()
+        hold = Hold.new(bridges_client)
         with ThreadPoolExecutor(1) as pool, hold.released_at_last(bridges_client):
             first = pool.submit(self.train, bridges_client, X, y, fault=hold, rounds=2)
             assert hold.reached(bridges_client).wait(30)
@@ -30,7 +30,7 @@ class TurnContract(Contract):
 
     def test_trainings_that_share_workers_run_at_once(self, bridges_client: Client) -> None:
         X, y = make_data()
-        hold = Hold.new()
+        hold = Hold.new(bridges_client)
         with ThreadPoolExecutor(1) as pool, hold.released_at_last(bridges_client):
             first = pool.submit(self.train, bridges_client, X, y, fault=hold, rounds=2, exclusive=False)
             assert hold.reached(bridges_client).wait(30)
@@ -39,12 +39,12 @@ class TurnContract(Contract):
 
     def test_a_worker_that_joins_later_is_left_out(self) -> None:
         X, y = make_data()
-        hold = Hold.new()
         with (
             LocalCluster(n_workers=1, threads_per_worker=2, processes=False, dashboard_address=":0") as cluster,
             Client(cluster) as client,
             ThreadPoolExecutor(1) as pool,
         ):
+            hold = Hold.new(client)
             with hold.released_at_last(client):
                 first = pool.submit(self.train, client, X, y, fault=hold)
                 assert hold.reached(client).wait(30)

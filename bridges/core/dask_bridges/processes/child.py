@@ -1,0 +1,118 @@
+"""The child process of a member: one function, run once, over a pipe that it inherits.
+
+What it says to its host, the member in the worker: ``("event", message)``,
+``("ask", number, method, request)``, ``("alive",)``, and last ``("result",
+pickle)`` or ``("raised", pickled exception, pickled traceback)``. What it is
+told: ``("stop", reason)`` and ``("answer", number, answer)``.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import faulthandler
+import itertools
+import os
+import pickle
+import queue
+import signal
+import sys
+import threading
+from multiprocessing.connection import Connection
+from typing import Any
+
+from distributed.core import error_message
+from distributed.protocol.pickle import dumps
+
+from dask_bridges.errors import MemberStopped
+from dask_bridges.member import Member, MemberSpec
+
+__all__ = ["ChildMember", "main"]
+
+#: Longest pause between two signs of life, in seconds, and share of the hang timeout.
+BEAT, BEATS = 1.0, 0.1
+
+
+class ChildMember(Member):
+    """A member in a child process of its worker."""
+
+    def __init__(self, spec: MemberSpec, pipe: Connection) -> None:
+        super().__init__(spec)
+        self._pipe = pipe
+        self._sending = threading.Lock()
+        self._numbers = itertools.count()
+        self._answers: dict[int, queue.SimpleQueue[dict[str, Any]]] = {}
+
+    def say(self, *words: Any) -> None:
+        """Say something to the host."""
+        with self._sending:
+            self._pipe.send(words)
+
+    def send(self, message: dict[str, Any]) -> None:
+        """Send an event, as plain data."""
+        self.say("event", message)
+
+    def ask(self, method: str, **request: Any) -> dict[str, Any]:
+        """Ask the arbiter on the scheduler, by way of the worker, with this member's token."""
+        number, answer = next(self._numbers), queue.SimpleQueue[dict[str, Any]]()
+        self._answers[number] = answer
+        self.say("ask", number, method, request)
+        return answer.get()
+
+    def live(self) -> None:
+        """Listen to the host and give signs of life, on threads of their own."""
+        for work in (self._listen, self._beat):
+            threading.Thread(target=work, daemon=True).start()
+
+    def _listen(self) -> None:
+        try:
+            while True:
+                match self._pipe.recv():
+                    case ("stop", reason):
+                        self.stop(reason)
+                    case ("answer", number, answer):
+                        self._answers.pop(number).put(answer)
+        except (EOFError, OSError):  # the worker is gone
+            os.killpg(0, signal.SIGKILL)
+
+    def _beat(self) -> None:
+        pause = min(BEAT, BEATS * self.spec.deadlines.hang_timeout)
+        while not threading.Event().wait(pause):
+            self.say("alive")
+
+
+def main(pipe: Connection, parent: int) -> None:
+    """Run what the pipe brings."""
+    _die_with(parent)
+    faulthandler.enable()
+    try:
+        spec: MemberSpec = pickle.loads(pipe.recv_bytes())
+        member = ChildMember(spec, pipe)
+    except BaseException as error:
+        pipe.send(_raised(error))
+        return
+    member.live()
+    try:
+        words = ("result", dumps(spec.function(member, spec.payload)))
+    except BaseException as error:
+        words = _raised(error)
+    member.say(*words)
+    sys.stdout.flush()
+
+
+def _raised(error: BaseException) -> tuple[Any, ...]:
+    """An exception as it travels: whole where it can be pickled, its text where not."""
+    if isinstance(error, SystemExit | KeyboardInterrupt | GeneratorExit):
+        return "exited", f"{type(error).__name__}({error})"
+    if isinstance(error, MemberStopped):
+        return "stopped", str(error)
+    message = error_message(error)
+    traceback = message["traceback"]
+    return "raised", message["exception"].data, traceback and traceback.data
+
+
+def _die_with(parent: int) -> None:
+    """Have the kernel kill this process when the thread that started it ends; Linux only."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+        if os.getppid() != parent:
+            os.killpg(0, signal.SIGKILL)

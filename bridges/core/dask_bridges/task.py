@@ -1,0 +1,151 @@
+"""A member as a Dask task, in its worker's process.
+
+`run_member` is the body of the task. Its first act is to present the member's
+token to the arbiter; a refused one ends it before it has touched anything. Then
+all members wait for each other, and only then does the adapter's function run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+from distributed import Worker, get_worker, secede
+from distributed.core import Status
+from distributed.utils import sync
+
+from dask_bridges import arbiter, turns
+from dask_bridges.errors import MemberFailed, MemberStopped, StaleMember
+from dask_bridges.events import Failed, Finished, Started, topic_of
+from dask_bridges.member import Member, MemberSpec
+
+__all__ = ["WorkerMember", "run_member"]
+
+logger = logging.getLogger(__name__)
+
+
+class WorkerMember(Member):
+    """A member on a thread of its Dask worker.
+
+    Attributes
+    ----------
+    worker : distributed.Worker
+        The Dask worker that hosts the member.
+    outcome : str
+        How it ends, see `Arbiter.tell`; empty if it had no place.
+    """
+
+    def __init__(self, spec: MemberSpec, worker: Worker) -> None:
+        super().__init__(spec)
+        self.worker = worker
+        self.outcome = ""
+        self._failed = False
+
+    def send(self, message: dict[str, Any]) -> None:
+        """Send an event, as plain data; a line for people goes to the worker's log as well."""
+        if message["event"] == "Log":
+            logger.log(message["level"], "[gang %s rank %d] %s", self.gang, self.rank, message["text"])
+        self.worker.log_event(topic_of(self.gang), message)
+
+    def ask(self, method: str, **request: Any) -> dict[str, Any]:
+        """Ask the arbiter on the scheduler, with this member's token."""
+        token = {"gang": self.gang, "attempt": self.attempt, "rank": self.rank}
+        answer: dict[str, Any] = sync(self.worker.loop, turns.ask, self.worker, method=method, **token, **request)
+        return answer
+
+    @property
+    def stopping(self) -> str | None:
+        """Why the member is to end now; None while it may go on."""
+        if self._stop_reason is None and self.leaving:
+            self.stop(f"its worker is {self.worker.status.name}")
+        return self._stop_reason
+
+    @property
+    def leaving(self) -> bool:
+        """Whether its worker is on its way out of the cluster."""
+        return self.worker.status not in (Status.running, Status.paused)
+
+    # Ending
+
+    def fail(self, error: BaseException) -> None:
+        """Tell of a failure at once, before what cleaning up does to the peers makes them fail, too."""
+        if self._failed:
+            return
+        self._failed = True
+        self.outcome = self._classify(error)
+        self.emit(Failed, error=f"{type(error).__name__}: {error}"[:2000], cause=self.outcome == "failed")
+        self.tell(self.outcome)
+
+    def _classify(self, error: BaseException) -> str:
+        echo = isinstance(error, MemberStopped) or self.spec.collateral(error)
+        if self.stopping is not None or echo:
+            return "lost" if self.leaving else "collateral" if echo else "late"
+        return "failed"
+
+    def tell(self, outcome: str, left: bool = False) -> None:
+        """Tell the arbiter how this member ends, and when it has left, ahead of the task's own result."""
+        message = {"op": arbiter.OPERATION, "gang": self.gang, "attempt": self.attempt,
+                   "rank": self.rank, "outcome": outcome, "left": left}  # fmt: skip
+        self.worker.loop.add_callback(self.worker.batched_send, message)
+
+
+_members: dict[tuple[str, str, int], WorkerMember] = {}
+
+
+def _stop_members(worker: Worker, gang: str, reason: str) -> None:
+    """Stream handler on a worker: end its members of a gang."""
+    for (address, name, _), member in list(_members.items()):
+        if address == worker.address and name == gang:
+            member.stop(reason)
+
+
+@contextlib.contextmanager
+def _registered(member: WorkerMember) -> Iterator[None]:
+    """Let the scheduler's word to stop reach the member, while it lives; then tell the scheduler how it ended."""
+    key = (member.worker.address, member.gang, member.rank)
+    member.worker.stream_handlers.setdefault(arbiter.STOP, functools.partial(_stop_members, member.worker))
+    _members[key] = member
+    try:
+        yield
+    finally:
+        del _members[key]
+        if member.outcome:
+            member.tell(member.outcome, left=True)
+
+
+def run_member(spec: MemberSpec) -> Any:
+    """The Dask task of one member: present the token, wait for the peers, run, leave."""
+    worker = get_worker()
+    secede()
+    member = WorkerMember(spec, worker)
+    with _registered(member):
+        member.outcome = "failed"  # where the answer is lost too: it may hold its place
+        answer = member.ask("present", worker=worker.address)
+        if refused := answer.get("refused"):
+            member.outcome = ""
+            raise StaleMember(f"{spec.label}: member {spec.rank} may not run here: {refused}")
+        return _run_accepted(member)
+
+
+def _run_accepted(member: WorkerMember) -> Any:
+    try:
+        member.exchange()
+        member.emit(Started, worker=member.worker.address, host=member.host)
+        result = member.spec.function(member, member.spec.payload)
+        member.emit(Finished)
+        member.outcome = "finished"
+        return result
+    except BaseException as error:
+        member.fail(error)
+        if isinstance(error, Exception):
+            raise
+        raise _guarded(member, error) from None
+
+
+def _guarded(member: WorkerMember, error: BaseException) -> MemberFailed:
+    """SystemExit must not leave the task: it would end the worker, and then the next, as Dask retries."""
+    text = f"{member.label}: member {member.rank} raised {type(error).__name__}({error})"
+    return MemberFailed(text, member.rank, member.worker.address, member.host)
