@@ -158,8 +158,15 @@ def running(client: Client, function: Function, file: Path) -> Iterator[tuple[An
 def assert_gone(processes: Sequence[psutil.Process]) -> None:
     """Within the 5 seconds of the contract; who reaps an orphan is the system's business."""
     deadline = time.monotonic() + 5
-    while alive := [p for p in processes if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]:
+    while alive := [process for process in processes if _runs(process)]:
         assert time.monotonic() < deadline, alive
+
+
+def _runs(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 # What comes back

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from distributed import Client
 
-__all__ = ["CommandLineCluster", "command_line_cluster"]
+from dask_bridges.testing.hosts import Network
+
+__all__ = ["CommandLineCluster", "cluster_of_hosts", "command_line_cluster"]
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,41 @@ def command_line_cluster(
         client = stack.enter_context(Client(scheduler_file=file))
         client.wait_for_workers(workers, timeout=60)
         yield CommandLineCluster(client, scheduler, started)
+
+
+@contextlib.contextmanager
+def cluster_of_hosts(
+    hosts: Network, scheduler: str, workers: Sequence[str], environment: Mapping[str, str] | None = None
+) -> Iterator[str]:
+    """A cluster whose parts run on hosts of a network: the address of its scheduler.
+
+    Parameters
+    ----------
+    hosts : Network
+    scheduler : str
+        The host it runs on.
+    workers : sequence of str
+        The host of each worker, which has one thread and is named after its host.
+    environment : mapping, optional
+        More for theirs.
+    """
+    address = f"tcp://{hosts.address(scheduler)}:8786"
+    start = functools.partial(_start_on, hosts, {**os.environ, **(environment or {})})
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+        listen = ["--host", hosts.address(scheduler), "--port", "8786", "--dashboard-address", "127.0.0.1:0"]
+        start(stack, scheduler, ["scheduler", *listen])
+        for host in workers:
+            listen = ["--host", hosts.address(host), "--dashboard-address", "127.0.0.1:0", "--name", host]
+            start(stack, host, ["worker", address, *listen, "--nthreads", "1", "--local-directory", folder])
+        yield address
+
+
+def _start_on(
+    hosts: Network, environment: dict[str, str], stack: contextlib.ExitStack, host: str, arguments: list[str]
+) -> None:
+    command = hosts.on(host, [sys.executable, "-m", "dask", *arguments])
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, env=environment)
+    stack.callback(_end, process)
 
 
 #: A scheduler in a process that can import neither the bridges nor what they bridge to.
