@@ -27,6 +27,7 @@ lint: $(VENV)/.dev  ## ruff, mypy --strict, import directions
 bench: $(VENV)/.dev  ## the benchmarks, each beside its peer
 	$(BIN)/python benchmarks/gang_cost.py
 	$(BIN)/python benchmarks/xgboost_train.py
+	$(BIN)/python benchmarks/detection.py
 
 docs: $(VENV)/.dev  ## the documentation, to docs/_build/html
 	$(PIP) install --quiet -e ".[docs]"

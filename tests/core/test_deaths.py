@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import dask.config
@@ -20,6 +21,7 @@ import pytest
 from distributed import Client, Event, LocalCluster
 
 from dask_bridges import MemberLost, clients, turns
+from dask_bridges.events import Finished
 from dask_bridges.gang import Gang, GangPlan
 from dask_bridges.task import WorkerMember
 from dask_bridges.testing import command_line_cluster, leftovers
@@ -62,6 +64,24 @@ def holds_the_gil(member: WorkerMember, seconds: float) -> int:
     if member.rank == 0:
         ctypes.PyDLL(None).usleep(int(seconds * 1e6))
     return member.rank
+
+
+def rank_0_waits(member: WorkerMember, up: str) -> None:
+    if member.rank == 0:
+        until_stopped(member, up)
+
+
+class KillsWhenSent:
+    """Kills the worker that is to send it."""
+
+    def __reduce__(self) -> Any:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def returns_what_kills(member: WorkerMember, log: str) -> Any:
+    with open(log, "a") as file:
+        file.write(f"{member.rank}\n")
+    return KillsWhenSent() if member.rank == 1 else None
 
 
 def eats_memory(member: WorkerMember, size: int) -> None:
@@ -158,6 +178,13 @@ def test_a_member_that_holds_the_gil_is_not_taken_for_frozen(doomed: Client) -> 
     assert doomed.sync(Gang(doomed, plan).run) == [0, 1]
 
 
+@pytest.mark.slow
+def test_with_the_default_deadlines_40_seconds_with_the_gil_are_no_alarm() -> None:
+    with command_line_cluster(workers=2) as cluster:
+        plan = GangPlan("gang", holds_the_gil, [40, 40], addresses(cluster.client))
+        assert cluster.client.sync(Gang(cluster.client, plan).run) == [0, 1]
+
+
 # Killed
 
 
@@ -181,6 +208,32 @@ def test_a_worker_that_its_nanny_killed_for_memory_says_so() -> None:
         with pytest.raises(MemberLost, match=r'its nanny says: ".* exceeded 95% memory budget') as caught:
             client.sync(Gang(client, plan).run)
         assert caught.value.rank == 1
+
+
+def test_a_worker_killed_after_its_member_has_finished_is_a_lost_member(doomed: Client) -> None:
+    workers, processes = addresses(doomed), pids(doomed)
+    gang = Gang(doomed, GangPlan("gang", rank_0_waits, ["waits"] * 3, workers))
+    finished = threading.Event()
+    gang.events.listen(lambda event: finished.set() if isinstance(event, Finished) and event.rank == 1 else None)
+    with ThreadPoolExecutor(1) as pool:
+        future = pool.submit(doomed.sync, gang.run)
+        assert finished.wait(30)
+        os.kill(processes[workers[1]], signal.SIGKILL)
+        with pytest.raises(MemberLost, match=f"member 1 was lost .* with its worker {workers[1]}"):
+            future.result(10)
+    assert_runs_again(doomed, [workers[0], workers[2]])
+
+
+def test_a_worker_killed_while_its_result_is_fetched_is_a_lost_member_that_does_not_run_again(
+    doomed: Client, tmp_path: Path
+) -> None:
+    workers, log = addresses(doomed), tmp_path / "ran"
+    plan = GangPlan("gang", returns_what_kills, [str(log)] * 3, workers)
+    with pytest.raises(MemberLost, match=f"member 1 was lost after it had finished, with its worker {workers[1]}"):
+        doomed.sync(Gang(doomed, plan).run)
+    doomed.wait_for_workers(3, timeout=30)
+    assert_runs_again(doomed, addresses(doomed))
+    assert sorted(log.read_text().split()) == ["0", "1", "2"]
 
 
 @pytest.mark.parametrize("how", ["client.restart", "client.restart_workers", "client.retire_workers"])

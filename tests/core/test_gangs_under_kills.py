@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from dask_bridges import turns
 from dask_bridges.testing import command_line_cluster, leftovers
 
 pytestmark = pytest.mark.cluster
@@ -69,6 +70,29 @@ def _kill_some(client: Any, clients: list[subprocess.Popen[str]], dice: random.R
                 os.kill(dice.choice(pids), signal.SIGKILL)
 
 
+def _order_watcher() -> Any:
+    """A function, sent by value, that has the scheduler note down how turns are given: how many, and who overtook."""
+
+    def watch(dask_scheduler: Any) -> None:
+        [arbiter] = [p for name, p in dask_scheduler.plugins.items() if name.startswith("dask_bridges_arbiter")]
+        grant, dask_scheduler.bridges_order = arbiter.grant, (0, [])
+
+        def watched() -> None:
+            waiting = [gang for gang in arbiter.gangs.values() if not gang.workers and not gang.ending]
+            grant()
+            number, overtaken = dask_scheduler.bridges_order
+            for place, gang in enumerate(waiting):
+                before = [other.gang for other in waiting[:place] if not other.workers and not other.ending]
+                number += bool(gang.workers)
+                if gang.workers and before:  # all want workers of the same four
+                    overtaken.append((gang.gang, before))
+            dask_scheduler.bridges_order = number, overtaken
+
+        arbiter.grant = watched
+
+    return watch
+
+
 @pytest.mark.parametrize(
     "gangs",
     [
@@ -82,6 +106,8 @@ def test_all_gangs_end_none_runs_twice_and_nothing_is_left(tmp_path: Path, gangs
     with command_line_cluster(workers=WORKERS, bare_scheduler=True) as cluster:
         client = cluster.client
         address = client.scheduler.address
+        client.sync(turns.register, client)
+        client.run_on_scheduler(_order_watcher())
         clients = [_start(script, address, seed, gangs, log) for seed in range(3)]
         try:
             _kill_some(client, clients, random.Random(gangs))
@@ -99,3 +125,6 @@ def test_all_gangs_end_none_runs_twice_and_nothing_is_left(tmp_path: Path, gangs
         assert [line for line, times in ran.items() if times > 1 and line] == []
         client.wait_for_workers(WORKERS, timeout=60)
         assert leftovers(client) == {}
+        granted, overtaken = client.run_on_scheduler(lambda dask_scheduler: dask_scheduler.bridges_order)
+        assert granted >= gangs
+        assert overtaken == []

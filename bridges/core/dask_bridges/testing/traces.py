@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
 from distributed import Client, Worker
@@ -42,22 +43,30 @@ def wait_until_free(client: Client, timeout: float) -> None:
 
 
 def wait_until_same(client: Client, before: dict[str, dict[str, Any]], timeout: float) -> None:
-    """Wait until the workers that are still there have the `footprint` they had before.
+    """Wait until the workers that are still there hold no more than the `footprint` they had before.
 
     Raises
     ------
     AssertionError
-        If they have not after `timeout` seconds; it says who holds what.
+        If they do after `timeout` seconds; it says who holds what.
     """
     deadline = time.monotonic() + timeout
     while True:
         now = footprint(client)
-        changed = {
-            worker: (before[worker], found) for worker, found in now.items() if before.get(worker, found) != found
-        }
-        if not changed:
+        grown = {worker: _more(before[worker], found) for worker, found in now.items() if worker in before}
+        if not any(grown.values()):
             return
-        assert time.monotonic() < deadline, changed
+        assert time.monotonic() < deadline, grown
+
+
+def _more(before: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
+    """What has grown: numbers, or the members of lists."""
+    found = {}
+    for name, value in now.items():
+        more = max(0, value - before[name]) if isinstance(value, int) else sorted(set(value) - set(before[name]))
+        if more:
+            found[name] = more
+    return found
 
 
 def _footprint_here(dask_worker: Worker) -> dict[str, Any]:
@@ -65,7 +74,12 @@ def _footprint_here(dask_worker: Worker) -> dict[str, Any]:
 
     process = psutil.Process()
     names = [thread.name for thread in threading.enumerate()]
+    shared = Path("/dev/shm")
     return {
+        # Threads that Python does not know: a framework's own.
+        "native threads": max(0, process.num_threads() - threading.active_count()),
+        "files": sorted(file.path for file in process.open_files()),
+        "shared memory": sorted(p.name for p in shared.glob("*") if not p.name.startswith("sem.")),
         "task threads": max(0, sum(n.startswith("Dask-Default-Threads") for n in names) - dask_worker.state.nthreads),
         "stopping threads": [n for n in names if n.startswith("stop-")],
         "ports": sorted(c.laddr.port for c in process.net_connections("tcp") if c.status == psutil.CONN_LISTEN),
@@ -74,6 +88,6 @@ def _footprint_here(dask_worker: Worker) -> dict[str, Any]:
 
 
 def footprint(client: Client) -> dict[str, dict[str, Any]]:
-    """What each worker process holds that a gang might leave: threads, listening ports, child processes."""
+    """What each worker process holds that a gang might leave: threads, ports, processes, files, shared memory."""
     found: dict[str, dict[str, Any]] = client.run(_footprint_here)
     return found

@@ -87,11 +87,12 @@ class RunContract(Contract):
         X, y = make_data()
         self.check(bridges_client.submit(train_in_task, self, X, y, pure=False).result(), X, y)
 
-    def test_two_clients_and_two_threads_train_at_once(self, bridges_client: Client) -> None:
+    def test_two_clients_threads_and_tasks_train_at_once(self, bridges_client: Client) -> None:
         X, y = make_data()
         with Client(bridges_client.cluster) as other, ThreadPoolExecutor(4) as pool:
+            tasks = [bridges_client.submit(train_in_task, self, X, y, pure=False) for _ in range(3)]
             futures = [pool.submit(self.train, client, X, y) for client in (bridges_client, other) * 2]
-            for future in futures:
+            for future in (*futures, *tasks):
                 self.check(future.result(), X, y)
 
     # Data of every kind
