@@ -82,9 +82,9 @@ def _order_watcher() -> Any:
             grant()
             number, overtaken = dask_scheduler.bridges_order
             for place, gang in enumerate(waiting):
-                before = [other.gang for other in waiting[:place] if not other.workers and not other.ending]
                 number += bool(gang.workers)
-                if gang.workers and before:  # all want workers of the same four
+                still = [other for other in waiting[:place] if not other.workers and not other.ending]
+                if before := [other.gang for other in still if set(other.candidates) & set(gang.workers)]:
                     overtaken.append((gang.gang, before))
             dask_scheduler.bridges_order = number, overtaken
 

@@ -23,7 +23,7 @@ from dask_bridges.watchdog import Watchdog, last_words
 __all__ = ["OPERATION", "STOP", "Arbiter"]
 
 #: Bumped when the messages change: two versions then live side by side, unaware of each other.
-PROTOCOL = 1
+PROTOCOL = 2
 #: Name of the plugin, of its comm handler and of its stream handler on the scheduler.
 OPERATION = f"dask_bridges_arbiter_{PROTOCOL}"
 #: Name of the stream handler on the workers by which members are asked to stop.
