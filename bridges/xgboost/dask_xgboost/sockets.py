@@ -68,7 +68,7 @@ def _opened(fd: int) -> Iterator[tuple[socket.socket, _Socket]]:
 
 def _all() -> set[_Socket]:
     found = set()
-    for fd in os.listdir("/dev/fd"):
+    for fd in os.listdir("/dev/fd") if os.path.isdir("/dev/fd") else ():  # there is none on Windows
         with contextlib.suppress(OSError), _opened(int(fd)) as (_, known):
             found.add(known)
     return found
