@@ -130,18 +130,20 @@ class Watchdog:
         """Look at a silent worker until it speaks again, is gone, or is found dead."""
         try:
             worker = self.scheduler.workers.get(address)
-            if worker is not None and (reason := await self._verdict(worker, limits)):
-                await self.end(address, reason)
+            if worker is not None:
+                reason, answers = await self._verdict(worker, limits)
+                if reason:
+                    await self.end(address, reason, nanny=answers)
         except Exception:
             logger.exception("watchdog: %s", address)
         finally:
             self._heard.pop(address, None)
             del self._suspects[address]
 
-    async def _verdict(self, worker: Any, limits: Limits) -> str:
-        """Why a worker is taken for dead; empty once it speaks again or is gone."""
+    async def _verdict(self, worker: Any, limits: Limits) -> tuple[str, bool]:
+        """Why a worker is taken for dead, empty once it speaks again or is gone; and whether its host answers."""
         pause, heard, used = _pause(limits), worker.last_seen, None
-        silence, away, quiet = self._patience(limits), 0.0, 0.0
+        silence, away, quiet, answers = self._patience(limits), 0.0, 0.0, True
         while self.scheduler.workers.get(worker.address) is worker and worker.last_seen == heard:
             start = time.monotonic()
             wait = min(ANSWER, LOOK * limits["host_timeout"])
@@ -154,12 +156,15 @@ class Watchdog:
             quiet = quiet + passed if now_used is not None and now_used == used else 0.0
             used = now_used
             if silence >= limits["host_timeout"] and away >= HOLD * limits["host_timeout"]:
-                return f"its host does not answer: no heartbeat and no connection to it for {silence:.0f} s"
+                return f"its host does not answer: no heartbeat and no connection to it for {silence:.0f} s", False
             if silence >= limits["hang_timeout"] and quiet >= HOLD * limits["hang_timeout"]:
-                return f"it was frozen: no heartbeat for {silence:.0f} s and no processor time used, says its nanny"
+                return (
+                    f"it was frozen: no heartbeat for {silence:.0f} s and no processor time used, says its nanny",
+                    True,
+                )
             if used is None and silence >= limits["hang_timeout_without_nanny"]:
-                return f"it was frozen: no heartbeat for {silence:.0f} s, and no nanny that knows more"
-        return ""
+                return f"it was frozen: no heartbeat for {silence:.0f} s, and no nanny that knows more", answers
+        return "", answers
 
     async def _used(self, worker: Any, wait: float) -> float | None:
         used: float | None = await self.ask_nanny(worker.nanny, wait, processor_time)
@@ -179,14 +184,14 @@ class Watchdog:
         result = answer["result"]  # a scheduler opens nothing that passes through it
         return deserialize(result.header, result.frames) if isinstance(result, Serialized) else result
 
-    async def end(self, address: str, reason: str) -> None:
-        """Kill a worker's process, through its nanny, which brings it back; take it off the cluster in any case."""
+    async def end(self, address: str, reason: str, nanny: bool = True) -> None:
+        """Kill a worker's process, through its `nanny`, which brings it back; take it off the cluster in any case."""
         worker = self.scheduler.workers.get(address)
         if worker is None:
             return
         logger.warning("worker %s is ended: %s", address, reason)
         self.reasons[address] = reason
-        if worker.nanny:
+        if worker.nanny and nanny:
             try:
                 await asyncio.wait_for(self.scheduler.rpc(worker.nanny).kill(timeout=1, reason=reason), 5)
             except (OSError, TimeoutError):
