@@ -36,7 +36,7 @@ from dask_bridges import MemberFailed, MemberLost
 from dask_bridges.testing import Fault, command_line_cluster, leftovers, loopback
 from dask_bridges.testing.clusters import cluster_of_hosts
 from dask_bridges.testing.contract.base import make_data
-from dask_bridges.testing.faults import crash, die, freeze, trouble, vanish
+from dask_bridges.testing.faults import Dated, crash, die, freeze, trouble, vanish
 from dask_bridges.testing.hosts import missing_for_networks, network
 
 WORKERS = 3
@@ -44,18 +44,6 @@ ROUNDS = 100_000
 PARAMS = {"objective": "binary:logistic", "max_depth": 3, "eta": 0.5}
 #: After so many seconds a caller that has not been told is not waited for any longer.
 PATIENCE = 90
-
-
-@dataclass(frozen=True)
-class Dated:
-    """Do something after writing down when."""
-
-    action: Callable[[], None]
-    file: Path
-
-    def __call__(self) -> None:
-        self.file.write_text(repr(time.time()))
-        self.action()
 
 
 class Faulty(xgb.callback.TrainingCallback):

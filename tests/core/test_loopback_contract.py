@@ -30,3 +30,4 @@ class TestLoopback(Loopback, BridgeContract):
 @pytest.mark.cluster
 class TestLoopbackInChildProcesses(Loopback, FailureContract, EndingContract):
     child = True
+    ends_within = 5

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -71,6 +72,21 @@ class Fault:
         """Called by the bridge's member after each round."""
         if (rank, round) == (self.rank, self.round):
             self.action()
+
+
+@dataclass(frozen=True)
+class Dated:
+    """An action that is written down before it is done, with the time."""
+
+    action: Callable[[], None]
+    file: Path
+
+    def __call__(self) -> None:
+        """Called by the fault."""
+        part = self.file.with_suffix(".part")
+        part.write_text(repr(time.time()))
+        part.rename(self.file)
+        self.action()
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,15 @@ def train_in_task(contract: Contract, X: Any, y: Any, **options: Any) -> Any:
 
 
 class Contract:
-    """What the tests need to know of a bridge."""
+    """What the tests need to know of a bridge.
+
+    Attributes
+    ----------
+    ends_within : float
+        Seconds in which members are gone when nobody wants them any more.
+    """
+
+    ends_within: float = 10
 
     def train(self, client: Client | None, X: Any, y: Any, **options: Any) -> Any:
         """Train for a few rounds.

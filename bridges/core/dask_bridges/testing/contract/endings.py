@@ -52,7 +52,7 @@ class EndingContract(Contract):
         errors = caller.communicate(timeout=60)[1]
         assert caller.returncode != 0
         assert ("KeyboardInterrupt" in errors) == (how == signal.SIGINT)
-        wait_until_free(bridges_client, timeout=10)
+        wait_until_free(bridges_client, timeout=self.ends_within)
         self.check(self.train(bridges_client, X, y), X, y)
 
     def test_members_end_when_their_awaitable_is_cancelled(
@@ -71,7 +71,7 @@ class EndingContract(Contract):
                     await training
 
         asyncio.run(main())
-        wait_until_free(bridges_client, timeout=10)
+        wait_until_free(bridges_client, timeout=self.ends_within)
         self.check(self.train(bridges_client, X, y), X, y)
 
     def test_members_end_when_the_task_around_them_is_cancelled(self, bridges_client: Client) -> None:
@@ -81,7 +81,7 @@ class EndingContract(Contract):
             task = bridges_client.submit(train_in_task, self, X, y, fault=hold, rounds=1000, pure=False)
             assert hold.reached(bridges_client).wait(60)
             task.cancel()
-        wait_until_free(bridges_client, timeout=10)
+        wait_until_free(bridges_client, timeout=self.ends_within)
         self.check(self.train(bridges_client, X, y), X, y)
 
     def test_an_adaptive_cluster_keeps_the_workers_of_a_training(self) -> None:

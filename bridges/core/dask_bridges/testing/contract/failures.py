@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, wait
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from distributed import Client
 from dask_bridges import MemberFailed, MemberLost
 from dask_bridges.testing.contract.base import Contract, make_data
 from dask_bridges.testing.faults import (
+    Dated,
     DiesOnArrival,
     Fault,
     RollCall,
@@ -34,6 +37,17 @@ __all__ = ["FailureContract"]
 class FailureContract(Contract):
     """Whoever fails is named, and nothing is left."""
 
+    def told_within(self, seconds: float, file: Path, client: Client, fault: Fault, **options: Any) -> Any:
+        """Train with a fault; what comes of it must be here so many seconds after the deed, of which `file` tells."""
+        X, y = make_data()
+        file.unlink(missing_ok=True)
+        dated = replace(fault, action=Dated(fault.action, file))
+        with ThreadPoolExecutor(1) as pool:
+            training = pool.submit(self.train, client, X, y, fault=dated, **options)
+            while not file.exists() and not wait([training], timeout=0.02).done:
+                pass
+            return training.result(seconds)
+
     @pytest.mark.parametrize("rank", [0, 1, 2])
     def test_the_root_cause_is_raised_and_the_workers_are_free(self, bridges_client: Client, rank: int) -> None:
         X, y = make_data()
@@ -46,7 +60,7 @@ class FailureContract(Contract):
 
     @pytest.mark.parametrize("repeats", [5, pytest.param(50, marks=pytest.mark.slow)])
     def test_the_root_cause_is_never_the_wrong_one_and_leaves_nothing(
-        self, bridges_client: Client, repeats: int
+        self, bridges_client: Client, repeats: int, tmp_path: Path
     ) -> None:
         X, y = make_data()
         self.check(self.train(bridges_client, X, y), X, y)
@@ -54,7 +68,7 @@ class FailureContract(Contract):
         for _ in range(repeats):
             rank, round_ = dice.randrange(3), dice.randrange(4)
             with pytest.raises(MemberFailed, match="TroubleError: deliberate") as caught:
-                self.train(bridges_client, X, y, fault=Fault(rank, round_, trouble), rounds=1000)
+                self.told_within(5, tmp_path / "deed", bridges_client, Fault(rank, round_, trouble), rounds=1000)
             assert caught.value.rank == rank
             assert leftovers(bridges_client) == {}
         wait_until_same(bridges_client, before, timeout=10)
@@ -112,13 +126,13 @@ class FailureContract(Contract):
         ("rank", "round_", "rounds"), [(0, 1, 1000), (1, 1, 1000), (1, 2, 3)], ids=["first", "second", "last round"]
     )
     def test_a_killed_member_is_named_and_the_next_training_runs(
-        self, bridges_doomed_client: Client, rank: int, round_: int, rounds: int
+        self, bridges_doomed_client: Client, tmp_path: Path, rank: int, round_: int, rounds: int
     ) -> None:
         X, y = make_data()
         self.check(self.train(bridges_doomed_client, X, y), X, y)
         before = footprint(bridges_doomed_client)
         with pytest.raises(MemberLost, match=f"member {rank} was lost") as caught:
-            self.train(bridges_doomed_client, X, y, fault=Fault(rank, round_, die), rounds=rounds)
+            self.told_within(10, tmp_path / "deed", bridges_doomed_client, Fault(rank, round_, die), rounds=rounds)
         assert caught.value.worker in str(caught.value)
         assert leftovers(bridges_doomed_client) == {}
         wait_until_same(bridges_doomed_client, before, timeout=10)
