@@ -16,7 +16,7 @@ test: $(VENV)/.dev  ## the tests, short settings
 	$(BIN)/python -m pytest
 
 test-slow: $(VENV)/.dev  ## the long settings: kill matrices, soaks
-	$(BIN)/python -m pytest -m "slow and not gpu" --timeout 1800
+	$(BIN)/python -m pytest -m "slow and not gpu" --timeout 1800 -o faulthandler_timeout=1700
 
 lint: $(VENV)/.dev  ## ruff, mypy --strict, import directions
 	$(BIN)/ruff check .
