@@ -22,7 +22,7 @@ import pytest
 from distributed import Client, Event, Future, LocalCluster
 from distributed.utils import sync
 
-from dask_bridges import GangTimeout, MemberFailed, MemberLost, turns
+from dask_bridges import GangTimeout, MemberFailed, MemberLost, PlacementError, turns
 from dask_bridges.events import Failed, Finished, Log, Metrics, Progress, Span, Started, topic_of
 from dask_bridges.gang import Gang, GangPlan
 from dask_bridges.task import WorkerMember
@@ -280,6 +280,11 @@ def test_who_waits_is_told_for_whom(client: Client, gang: GangRunner, caplog: py
 
 def hold_gang(member: WorkerMember, name: str) -> None:
     hold(name)
+
+
+def test_too_few_workers_to_choose_from_are_told_at_once(gang: GangRunner, addresses: list[str]) -> None:
+    with pytest.raises(PlacementError, match=f"needs 3 workers, and has 2 to choose from: {addresses[0]}"):
+        gang(hello, [0, 1, 2], workers=addresses[:2])
 
 
 def test_a_turn_that_does_not_come_is_a_timeout_that_says_who_has_it(client: Client, gang: GangRunner) -> None:

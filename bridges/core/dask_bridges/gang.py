@@ -150,6 +150,11 @@ class Gang:
     async def _take_turn(self) -> tuple[str, ...]:
         """Wait until all places are ours; say for whom we wait."""
         plan, start = self.plan, time.monotonic()
+        if len(plan.workers) < len(plan.payloads):
+            raise PlacementError(
+                f"{plan.label} needs {len(plan.payloads)} workers, and has {len(plan.workers)} to choose from: "
+                f"{', '.join(plan.workers) or 'none'}. Wait for more (client.wait_for_workers), or ask for fewer members."
+            )
         timeout, notice = config.seconds("timeout", plan.timeout), config.seconds("wait-notice")
         request = {
             "gang": self.id,
