@@ -153,7 +153,7 @@ class Gang:
         if len(plan.workers) < len(plan.payloads):
             raise PlacementError(
                 f"{plan.label} needs {len(plan.payloads)} workers, and has {len(plan.workers)} to choose from: "
-                f"{', '.join(plan.workers) or 'none'}. Wait for more (client.wait_for_workers), or ask for fewer members."
+                f"{', '.join(plan.workers) or 'none'}. Wait for more (client.wait_for_workers)."
             )
         timeout, notice = config.seconds("timeout", plan.timeout), config.seconds("wait-notice")
         request = {
