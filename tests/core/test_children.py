@@ -38,7 +38,19 @@ def in_child(member: WorkerMember, work: tuple[Function, Any]) -> Any:
     return run_in_child(member, *work)
 
 
+def stopped_first(member: WorkerMember, payload: Any) -> Any:
+    member.stop("told before")
+    return run_in_child(member, waits_for_stop, None)
+
+
 # What children do
+
+
+def waits_for_stop(member: ChildMember, payload: Any) -> None:
+    stopped = threading.Event()
+    member.on_stop(stopped.set)
+    stopped.wait()
+    member.check()
 
 
 def who(member: ChildMember, payload: Any) -> tuple[int, int, Any]:
@@ -268,6 +280,13 @@ def control_group(limit: int) -> Iterator[Path]:
         finally:
             group.rmdir()
     pytest.skip("needs the right to make a control group with a limit of memory")
+
+
+def test_a_child_that_starts_when_its_member_is_to_stop_is_told_so(bridges_client: Client) -> None:
+    workers = sorted(bridges_client.scheduler_info(n_workers=-1)["workers"])[:1]
+    with pytest.raises(MemberFailed, match="MemberStopped: told before"):
+        bridges_client.sync(Gang(bridges_client, GangPlan("gang", stopped_first, [None], workers)).run)
+    assert leftovers(bridges_client) == {}
 
 
 def test_a_frozen_child_is_found_and_ended(bridges_client: Client, tmp_path: Path) -> None:

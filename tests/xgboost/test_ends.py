@@ -23,7 +23,7 @@ PARAMS = {"objective": "binary:logistic", "max_depth": 3}
 
 
 class StandsStill(xgb.callback.TrainingCallback):
-    """Rank 0 stops after its first round for good; its worker's address is the name of an event."""
+    """Rank 0 stops after its first round for good, and sets an event."""
 
     def after_iteration(self, model: Any, epoch: int, evals_log: Any) -> bool:
         if collective.get_rank() == 0:

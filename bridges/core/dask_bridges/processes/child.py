@@ -2,8 +2,8 @@
 
 What it says to its host, the member in the worker: ``("event", message)``,
 ``("ask", number, method, request)``, ``("alive",)``, and last ``("result",
-pickle)`` or ``("raised", pickled exception, pickled traceback)``. What it is
-told: ``("stop", reason)`` and ``("answer", number, answer)``.
+pickle)``, ``("raised", pickled exception, pickled traceback)``, ``("exited",
+text)`` or ``("stopped", reason)``. What it is told: ``("stop", reason)`` and ``("answer", number, answer)``.
 """
 
 from __future__ import annotations

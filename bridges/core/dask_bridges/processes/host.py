@@ -96,7 +96,6 @@ class _Child:
             )
         self._watch = threading.Thread(target=self._watch_over, name=f"child-{self._process.pid}", daemon=True)
         self._watch.start()
-        member.on_stop(self._stop)
 
     # Serving
 
@@ -106,6 +105,7 @@ class _Child:
         with contextlib.suppress(EOFError, OSError):  # it has ended, however
             self._pipe.send(sys.path)
             self._pipe.send_bytes(work)
+            self.member.on_stop(self._stop)  # not before: the child reads its work first
             while not last:
                 last = self._serve(self._pipe.recv())
             self._finish_by(time.monotonic() + self._limits.child_stop_timeout)
