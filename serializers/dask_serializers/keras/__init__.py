@@ -1,0 +1,9 @@
+"""Keras objects: models, layers, optimizers, metrics and variables."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from dask_serializers.keras.moving import rebuild, teach, unteach
+
+__all__ = ["rebuild", "teach", "unteach"]
