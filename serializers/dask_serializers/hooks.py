@@ -64,7 +64,7 @@ def _dispatchers() -> tuple[Any, Any, Any]:
 def _take_over() -> None:
     """Put our hook in the place of distributed's, whose Keras serializer fails on Keras 3."""
     from dask_serializers.parcel import arrive
-    from dask_serializers.standin import StandIn
+    from dask_serializers.standin import StandIn, as_sent
 
     serialize, deserialize, _ = _dispatchers()
     for library in LIBRARIES:
@@ -72,7 +72,7 @@ def _take_over() -> None:
             dispatcher.register_lazy(library, partial(_teach, library))
         if library in sys.modules:
             _teach(library)
-    serialize.register(StandIn, lambda standin: standin.__reduce_ex__(5)[1][:1] + (list(standin._frames),))
+    serialize.register(StandIn, as_sent)
     deserialize.register(StandIn, arrive)
 
 

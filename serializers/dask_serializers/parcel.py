@@ -26,6 +26,7 @@ from typing import Any
 
 import numpy as np
 
+from dask_serializers.memory import Memory
 from dask_serializers.standin import CannotMove, StandIn
 
 __all__ = ["PROTOCOL", "Parcel", "Stream", "arrive", "arrive_nested", "as_pickled", "failed", "leave", "nbytes", "np_dtype"]
@@ -69,6 +70,7 @@ class Stream:
     def __init__(self, specs: Sequence[Spec], frames: Sequence[Any]) -> None:
         self.specs = [(dtype, tuple(shape)) for dtype, shape in specs]
         self.opened = False
+        self.memory = Memory(sum(nbytes(dtype, shape) for dtype, shape in self.specs))
         self._frames = list(frames)
         self._at = 0
 
@@ -211,7 +213,7 @@ def _told(error: BaseException) -> str:
     chain = [error]
     while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None and cause not in chain:
         chain.append(cause)
-    return "; first came ".join(_short(each) for each in dict.fromkeys((chain[0], chain[-1])))
+    return ". The first cause: ".join(_short(each) for each in dict.fromkeys((chain[0], chain[-1])))
 
 
 def _short(error: BaseException) -> str:

@@ -48,7 +48,15 @@ class StandIn:
     __setattr__ = __call__ = __iter__ = __len__ = __getitem__ = __array__ = __bool__ = __contains__ = _fail
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        from dask_serializers.parcel import arrive_nested, as_pickled, failed
+        from dask_serializers.parcel import arrive_nested, as_pickled
 
-        header, frames = (self._header, self._frames) if self._header else failed(self._reason)
+        header, frames = as_sent(self)
         return arrive_nested, (header, *as_pickled(frames, int(protocol)))
+
+
+def as_sent(standin: StandIn) -> tuple[dict[str, Any], list[Any]]:
+    """Header and frames of what `standin` stands for, or else of itself."""
+    from dask_serializers.parcel import failed
+
+    held = vars(standin)
+    return (held["_header"], held["_frames"]) if held["_header"] else failed(held["_reason"])

@@ -21,9 +21,7 @@ import numpy as np
 
 from dask_serializers.parcel import Stream, nbytes, np_dtype
 
-__all__ = ["empty_bytes", "host", "read_array", "read_tensor"]
-
-ALIGNMENT = 64  # bytes; what TensorFlow's and JAX's vector code asks for
+__all__ = ["host", "read_array", "read_tensor"]
 
 
 def host(tensor: Any, backend: str) -> tuple[str, tuple[int, ...], memoryview]:
@@ -35,7 +33,8 @@ def host(tensor: Any, backend: str) -> tuple[str, tuple[int, ...], memoryview]:
         dtype = keras.backend.standardize_dtype(tensor.dtype)
         flat = tensor.detach().cpu().contiguous().reshape(-1)
         return dtype, tuple(tensor.shape), memoryview(flat.view(torch.uint8).numpy())
-    return of_array(np.asarray(tensor))
+    # A variable of TensorFlow makes a copy for NumPy; the tensor read from it shares its memory.
+    return of_array(np.asarray(tensor.read_value() if hasattr(tensor, "read_value") else tensor))
 
 
 def of_array(array: np.ndarray[Any, Any]) -> tuple[str, tuple[int, ...], memoryview]:
@@ -46,16 +45,9 @@ def of_array(array: np.ndarray[Any, Any]) -> tuple[str, tuple[int, ...], memoryv
     return array.dtype.name if array.dtype.kind != "U" else array.dtype.str, array.shape, memoryview(flat)
 
 
-def empty_bytes(size: int) -> np.ndarray[Any, Any]:
-    """`size` bytes of uninitialised, aligned memory."""
-    memory = np.empty(size + ALIGNMENT, np.uint8)
-    start = -memory.ctypes.data % ALIGNMENT
-    return memory[start : start + size]
-
-
 def read_array(stream: Stream, dtype: str, shape: tuple[int, ...]) -> np.ndarray[Any, Any]:
     """The stream's next array, for NumPy."""
-    memory = empty_bytes(nbytes(dtype, shape))
+    memory = stream.memory.take(nbytes(dtype, shape))
     stream.read(memory)
     return memory.view(np_dtype(dtype)).reshape(shape)
 
@@ -80,7 +72,7 @@ def _read_tensorflow(stream: Stream, dtype: str, shape: tuple[int, ...]) -> Any:
     size = nbytes(dtype, shape)
     if size == 0 or dtype == "bool":
         return tf.constant(read_array(stream, dtype, shape))
-    memory = empty_bytes(size)
+    memory = stream.memory.take(size)
     stream.read(memory)
     tensor = tf.experimental.dlpack.from_dlpack(memory.__dlpack__())
     itemsize = size // prod(shape)
@@ -91,7 +83,7 @@ def _read_torch(stream: Stream, dtype: str, shape: tuple[int, ...]) -> Any:
     import keras
     import torch
 
-    memory = empty_bytes(nbytes(dtype, shape))
+    memory = stream.memory.take(nbytes(dtype, shape))
     stream.read(memory)
     tensor = torch.from_numpy(memory).view(keras.src.backend.torch.core.to_torch_dtype(dtype))
     return tensor.reshape(shape)

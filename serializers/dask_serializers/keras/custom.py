@@ -51,6 +51,8 @@ class Describer:
             cls = type(obj)
             if not self._found_by_name(cls, obj):
                 described["registered_name"] = self._key(cls)
+            if isinstance(described["config"], dict):
+                described["config"] |= upstream.missing_from_config(obj, described["config"])
         return described
 
     def _found_by_name(self, symbol: Any, obj: Any) -> bool:

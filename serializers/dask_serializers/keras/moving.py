@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from contextlib import nullcontext
+from types import FunctionType
 from typing import Any
 
 import keras
@@ -128,8 +129,12 @@ def _set_by_compile(obj: Any) -> dict[str, Any]:
     return {
         name: value
         for name, value in vars(obj).items()
-        if not name.startswith("_") and (isinstance(value, kept) or type(value).__name__ == "function")
+        if not name.startswith("_") and (isinstance(value, kept) or _users_function(value))
     }
+
+
+def _users_function(value: Any) -> bool:
+    return isinstance(value, FunctionType) and value.__module__.partition(".")[0] != "keras"
 
 
 def _compiles_by_itself(model: Any) -> bool:
@@ -194,15 +199,17 @@ def _rebuilt(
     arriving = Arriving(description["state"], description["constants"])
     with upstream.sharing():
         with lazily() if description["type"] in ("Model", "Layer") else nullcontext():
-            root = upstream.deserialize(config, safe_mode=safe)
+            with upstream.built_at_once():
+                root = upstream.deserialize(config, safe_mode=safe)
             arriving.read(root, stream, backend, late=False)
-        if compiled is not None:
+        arriving.set_policies()
+        if compiled:
             _compile(root, compiled, safe)
         for name, value in upstream.deserialize(attributes, safe_mode=safe).items():
             if not hasattr(root, name):
                 setattr(root, name, value)
         with lazily():
-            _build_optimizers(root, description["optimizers"])
+            _build_optimizers(root, description["optimizers"], lazily is upstream.uninitialized)
             arriving.read(root, stream, backend, late=True)
     arriving.finish()
     return root
@@ -215,14 +222,18 @@ def _compile(model: Any, config: dict[str, Any], safe: bool) -> None:
     keras.Model.compile(model, **upstream.deserialize(config, safe_mode=safe))
 
 
-def _build_optimizers(root: Any, built: dict[str, Any]) -> None:
-    """Make the slots of every optimizer that had them, without values yet."""
+def _build_optimizers(root: Any, built: dict[str, Any], lazily: bool) -> None:
+    """Make the slots of every optimizer that had them; without values, where `lazily`."""
     if not built:
         return
     variables = getattr(root, "variables", [])
     for path, each in list(saveables(root)):
         if path in built and isinstance(each, keras.Optimizer) and not each.built:
-            each.build([_placeholder(*v) if isinstance(v, list) else variables[v] for v in built[path]])
+            trained = [_placeholder(*v) if isinstance(v, list) else variables[v] for v in built[path]]
+            with upstream.eager():
+                lazy = lazily and upstream.builds_lazily(each)
+            with nullcontext() if lazy else upstream.eager():
+                each.build(trained)
 
 
 def _placeholder(name: str, shape: list[int], dtype: str) -> Any:

@@ -68,12 +68,14 @@ class State:
     def taken_apart(self, backend: str) -> tuple[dict[str, Any], list[Array]]:
         """A description of the state, and its arrays."""
         arrays: list[Array] = []
+        paths: list[str | None] = []
         numbers: dict[int, int] = {}
 
         def number(value: Any) -> int:
             """The array's number, with what else a variable has."""
             if id(value) not in numbers:
                 numbers[id(value)] = len(arrays)
+                paths.append(value.path if is_variable(value) else None)
                 arrays.append(tensors.host(value.value if is_variable(value) else value, backend))
             return numbers[id(value)]
 
@@ -88,11 +90,14 @@ class State:
             if hasattr(each, "save_assets") and (files := _assets(each)):
                 assets[path] = {name: len(arrays) + i for i, name in enumerate(files)}
                 arrays += [tensors.of_array(np.frombuffer(data, np.uint8)) for data in files.values()]
+                paths += [None] * len(files)
         early = len(arrays)
         stores |= numbered([path for path in filled if path in self.late])
         described = {
             "stores": stores,
             "early": early,
+            "paths": paths,
+            "policies": self._policies(),
             "unsaved": unsaved,
             "assets": assets,
             "frozen": self._frozen(),
@@ -100,6 +105,12 @@ class State:
             "names": {path: type(self.saveables[path]).__name__ for path in stores},
         }
         return described, arrays
+
+    def _policies(self) -> dict[str, Any]:
+        import keras
+
+        policies = {path: upstream.dtype_policy(each) for path, each in self.saveables.items()}
+        return {path: keras.dtype_policies.serialize(each) for path, each in policies.items() if each is not None}
 
     def _frozen(self) -> list[str]:
         """Variables that do not train, other than by their layer's own word."""
@@ -179,8 +190,6 @@ class Arriving:
         self.here: State
         #: number -> arrays that are no variable's
         self.arrays: dict[int, np.ndarray[Any, Any]] = {}
-        #: Variables that Keras does not load, with their values.
-        self.unsaved: list[tuple[Any, Any]] = []
 
     def read(self, root: Any, stream: Stream, backend: str, *, late: bool) -> None:
         """Take the arrays of one half from the stream, inside :func:`upstream.uninitialized`.
@@ -190,7 +199,6 @@ class Arriving:
         self.here = State(root)
         early = self.described["early"]
         targets = self._targets()
-        unsaved = {id(variable) for variable in self.here.unsaved}
         for number in range(early, len(stream.specs) - self.first) if late else range(early):
             dtype, shape = stream.specs[self.first + number]
             if number not in targets:
@@ -199,9 +207,8 @@ class Arriving:
             value = tensors.read_tensor(stream, dtype, shape, backend)
             for variable in targets[number]:
                 _check_shape(variable, shape)
+                upstream.set_path(variable, self.described["paths"][number])
                 upstream.give_value(variable, value)
-                if id(variable) in unsaved:
-                    self.unsaved.append((variable, value))
 
     def _targets(self) -> dict[int, list[Any]]:
         """Number -> the variables that take the array as their first value."""
@@ -217,6 +224,15 @@ class Arriving:
                 targets.setdefault(number, []).append(variable)
         return targets
 
+    def set_policies(self) -> None:
+        """Give models the dtype policy their ``from_config`` forgets; ``compile`` asks for it."""
+        import keras
+
+        for path, policy in self.described["policies"].items():
+            saveable = self.here.saveables.get(path)
+            if upstream.dtype_policy(saveable) is not None:
+                saveable.dtype_policy = keras.dtype_policies.deserialize(policy)
+
     def finish(self) -> None:
         """With the scope left: load what is no variable, and check that nothing is missing."""
         frozen = set(self.described["frozen"])
@@ -229,6 +245,8 @@ class Arriving:
                     if ours[key].trainable != trains:
                         ours[key].trainable = trains
             lost = [key for key in store if not is_variable(ours.get(key))]
+            if lost and getattr(saveable, "lora_enabled", False):
+                continue  # Keras saves the product of LoRA's factors; the factors are among the unsaved
             if saveable is not None and _loads_by_itself(saveable, lost):
                 saveable.load_own_variables(self._store_for(saveable, store, ours))
             elif lost and path not in self.described["metrics"]:
@@ -239,9 +257,6 @@ class Arriving:
                 )
         for path, files in self.described["assets"].items():
             _load_assets(self.here.saveables[path], {name: self.arrays[number] for name, number in files.items()})
-        for variable, value in self.unsaved:
-            # What a layer with LoRA saves is its product; its factors are these.
-            variable.assign(value)
 
     def _store_for(self, saveable: Any, store: dict[str, int], ours: dict[str, Any]) -> dict[str, Any]:
         """What the object's own ``load_own_variables`` is given: arrays, as from a file, except to Keras's own."""
