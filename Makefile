@@ -3,6 +3,9 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
+# The third Keras backend the tests run on. PyPI's build for x86-64 brings CUDA, several GB: `make test TORCH=` does
+# without, and skips its tests.
+TORCH  ?= torch==2.13.0
 MAKEFLAGS += --no-print-directory
 
 .PHONY: help demo test test-slow lint bench docs clean
@@ -28,6 +31,7 @@ bench: $(VENV)/.dev  ## the benchmarks, each beside its peer
 	$(BIN)/python benchmarks/gang_cost.py
 	$(BIN)/python benchmarks/xgboost_train.py
 	$(BIN)/python benchmarks/detection.py
+	$(BIN)/python benchmarks/models_moving.py
 
 docs: $(VENV)/.dev  ## the documentation, to docs/_build/html
 	$(PIP) install --quiet -e ".[docs]"
@@ -48,5 +52,5 @@ $(VENV)/.demo: pyproject.toml | $(BIN)/python
 	@touch $@
 
 $(VENV)/.dev: pyproject.toml | $(BIN)/python
-	$(PIP) install --quiet -e ".[dev,xgboost-cpu,tensorflow-cpu,keras-cpu]"
+	$(PIP) install --quiet -e ".[dev,xgboost-cpu,tensorflow-cpu,keras-cpu]" $(TORCH)
 	@touch $@ $(VENV)/.demo

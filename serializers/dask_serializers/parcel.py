@@ -29,7 +29,18 @@ import numpy as np
 from dask_serializers.memory import Memory
 from dask_serializers.standin import CannotMove, StandIn
 
-__all__ = ["PROTOCOL", "Parcel", "Stream", "arrive", "arrive_nested", "as_pickled", "failed", "leave", "nbytes", "np_dtype"]
+__all__ = [
+    "PROTOCOL",
+    "Parcel",
+    "Stream",
+    "arrive",
+    "arrive_nested",
+    "as_pickled",
+    "failed",
+    "leave",
+    "nbytes",
+    "np_dtype",
+]
 
 PROTOCOL = 1
 SHARD = 2**25  # bytes; under distributed.comm.shard (64 MiB), beyond which Dask would split and join it again

@@ -13,7 +13,7 @@ __all__ = ["ModelSerializers", "register", "unregister"]
 PLUGIN = "dask-serializers"
 
 
-class ModelSerializers(WorkerPlugin):
+class ModelSerializers(WorkerPlugin):  # type: ignore[misc]
     """Worker plugin that keeps a worker able to move models; workers that join later get it too."""
 
     name = PLUGIN

@@ -7,7 +7,7 @@ from typing import Any, NoReturn
 __all__ = ["CannotMove", "StandIn"]
 
 
-class CannotMove(TypeError):
+class CannotMove(TypeError):  # noqa: N818 - what a user reads in a traceback
     """A model could not leave its process, or could not be rebuilt in this one.
 
     The message names the object, the cause and the remedy. It is raised by the result's first use on a worker, and

@@ -34,7 +34,10 @@ def host(tensor: Any, backend: str) -> tuple[str, tuple[int, ...], memoryview]:
         flat = tensor.detach().cpu().contiguous().reshape(-1)
         return dtype, tuple(tensor.shape), memoryview(flat.view(torch.uint8).numpy())
     # A variable of TensorFlow makes a copy for NumPy; the tensor read from it shares its memory.
-    return of_array(np.asarray(tensor.read_value() if hasattr(tensor, "read_value") else tensor))
+    tensor = tensor.read_value() if hasattr(tensor, "read_value") else tensor
+    if backend == "tensorflow" and tensor.ndim == 0 and not isinstance(tensor, np.ndarray):
+        return of_array(np.asarray(tensor[None]).reshape(()))  # NumPy finds no array in a scalar of bfloat16
+    return of_array(np.asarray(tensor))
 
 
 def of_array(array: np.ndarray[Any, Any]) -> tuple[str, tuple[int, ...], memoryview]:
@@ -49,7 +52,8 @@ def read_array(stream: Stream, dtype: str, shape: tuple[int, ...]) -> np.ndarray
     """The stream's next array, for NumPy."""
     memory = stream.memory.take(nbytes(dtype, shape))
     stream.read(memory)
-    return memory.view(np_dtype(dtype)).reshape(shape)
+    array: np.ndarray[Any, Any] = memory.view(np_dtype(dtype)).reshape(shape)
+    return array
 
 
 def read_tensor(stream: Stream, dtype: str, shape: tuple[int, ...], backend: str) -> Any:
@@ -83,7 +87,10 @@ def _read_torch(stream: Stream, dtype: str, shape: tuple[int, ...]) -> Any:
     import keras
     import torch
 
-    memory = stream.memory.take(nbytes(dtype, shape))
+    kind = keras.src.backend.torch.core.to_torch_dtype(dtype)
+    size = nbytes(dtype, shape)
+    if size == 0:
+        return torch.empty(shape, dtype=kind)
+    memory = stream.memory.take(size)
     stream.read(memory)
-    tensor = torch.from_numpy(memory).view(keras.src.backend.torch.core.to_torch_dtype(dtype))
-    return tensor.reshape(shape)
+    return torch.from_numpy(memory).view(kind).reshape(shape)

@@ -33,7 +33,7 @@ def unteach(serialize: Any, deserialize: Any, sizeof: Any) -> None:
 
 
 def dumps(booster: Any) -> tuple[dict[str, Any], list[Any]]:
-    """Header and frames of a booster; a type of the user's own goes by pickle."""
+    """Header and frames of a booster; one of the user's own type goes by pickle."""
     if type(booster) is not xgboost.Booster:
         raise NotImplementedError
     return leave(lambda: take_apart(booster), "Booster")
@@ -64,12 +64,19 @@ def rebuild(parcel: Parcel) -> Any:
 
 def size(booster: Any) -> int:
     """Bytes of a booster, from a few of its rounds: XGBoost gives its size only with a copy of it."""
-    rounds = booster.num_boosted_rounds()
+    rounds = _rounds(booster)
     if not rounds:
         return 1000
     step = max(1, rounds // SAMPLES)
     sampled = [len(booster[at : at + 1].save_raw("ubj")) for at in range(0, rounds, step)]
     return sum(sampled) * rounds // len(sampled)
+
+
+def _rounds(booster: Any) -> int:
+    try:
+        return int(booster.num_boosted_rounds())
+    except xgboost.core.XGBoostError:  # it has not seen a feature yet
+        return 0
 
 
 def _estimator_size(estimator: Any) -> int:

@@ -19,7 +19,17 @@ def test_every_model_of_the_zoo_arrives_whole(backend: str) -> None:
     if find_spec(backend) is None:
         pytest.skip(f"{backend} is not installed")
     environment = {**os.environ, "KERAS_BACKEND": backend, "DASK_SERIALIZERS_ZOO": "1", "TF_CPP_MIN_LOG_LEVEL": "3"}
-    command = [sys.executable, "-m", "pytest", str(ZOO), "-q", "--tb=short", "--show-capture=no", "-p", "no:cacheprovider"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        str(ZOO),
+        "-q",
+        "--tb=short",
+        "--show-capture=no",
+        "-p",
+        "no:cacheprovider",
+    ]
     run = subprocess.run(
         [*command, "--import-mode=prepend", "-W", "ignore", "--timeout=120"],
         env=environment, capture_output=True, text=True, cwd=ZOO.parents[2],

@@ -95,7 +95,9 @@ def test_a_model_is_inside_an_object_that_knows_nothing_of_us(client: Client, wo
     assert things.held_outputs(held.result(60)) == there
 
 
-def test_training_goes_on_at_another_worker_as_if_it_had_stayed(client: Client, workers: list[str], things: Any) -> None:
+def test_training_goes_on_at_another_worker_as_if_it_had_stayed(
+    client: Client, workers: list[str], things: Any
+) -> None:
     def trained(model: Any, epochs: int) -> Any:
         import keras
         import numpy as np
@@ -256,7 +258,7 @@ def test_what_a_worker_cannot_rebuild_raises_there_and_passes_through(
     for name in ("Tripled", "Net"):
         made = client.submit(make, str(tmp_path), name, workers=workers[:1])
         used = client.submit(lambda model: model.count_params(), made, workers=workers[1:])
-        with pytest.raises(dask_serializers.CannotMove, match="module only_here.*upload_file"):
+        with pytest.raises(dask_serializers.CannotMove, match=r"module only_here.*upload_file"):
             used.result(60)
         passed = client.submit(lambda model: {"inside": model}, made, workers=workers[1:])
         back = client.submit(lambda box: box["inside"].count_params(), passed, workers=workers[:1])

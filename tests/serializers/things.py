@@ -1,4 +1,4 @@
-"""What the tests of transfers send: module-level, so that workers find it by name; and what must be pickled by value."""
+"""What the tests of transfers send: module-level, so that workers find it by name; and what cannot move."""
 
 from __future__ import annotations
 

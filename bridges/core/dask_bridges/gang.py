@@ -25,6 +25,7 @@ from dask_bridges.member import MemberSpec, never_collateral
 from dask_bridges.rootcause import RootCause
 from dask_bridges.shipping import sealed_task
 from dask_bridges.task import run_member
+from dask_serializers.hooks import activate as models_move
 
 __all__ = ["Gang", "GangPlan"]
 
@@ -115,6 +116,7 @@ class Gang:
         MemberLost
             If a worker died.
         """
+        models_move()
         await turns.register(self.client)
         topic = topic_of(self.id)
         self.client.subscribe_topic(topic, self.events.receive)

@@ -21,6 +21,7 @@ from dask_bridges import arbiter, turns
 from dask_bridges.errors import MemberFailed, MemberStopped, StaleMember
 from dask_bridges.events import Failed, Finished, Started, topic_of
 from dask_bridges.member import Member, MemberSpec
+from dask_serializers.hooks import activate as models_move
 
 __all__ = ["WorkerMember", "run_member"]
 
@@ -119,6 +120,7 @@ def _registered(member: WorkerMember) -> Iterator[None]:
 def run_member(spec: MemberSpec) -> Any:
     """The Dask task of one member: present the token, wait for the peers, run, leave."""
     worker = get_worker()
+    models_move()  # what it returns may be one, or hold one
     secede()
     member = WorkerMember(spec, worker)
     with _registered(member):

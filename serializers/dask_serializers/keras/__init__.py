@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from dask_serializers.keras.moving import rebuild, teach, unteach
 
 __all__ = ["rebuild", "teach", "unteach"]

@@ -41,7 +41,10 @@ class Describer:
     def _describe(self, obj: Any, plain: Callable[[Any], Any]) -> Any:
         if isinstance(obj, np.ndarray) and obj.ndim > 0 and not obj.dtype.hasobject:
             self.arrays.append(obj)
-            return {"class_name": "__numpy__", "config": {"value": {ARRAY: len(self.arrays) - 1}, "dtype": str(obj.dtype)}}
+            return {
+                "class_name": "__numpy__",
+                "config": {"value": {ARRAY: len(self.arrays) - 1}, "dtype": str(obj.dtype)},
+            }
         if isinstance(obj, types.FunctionType):
             return plain(obj) if self._found_by_name(obj, obj) else self._by_key(obj)
         if _opaque(obj):

@@ -8,10 +8,11 @@ from types import FunctionType
 from typing import Any
 
 import keras
+
+from dask_serializers import tensors
 from dask_serializers.callers import asked_by_dask, pickle_allowed
 from dask_serializers.hooks import forget
 from dask_serializers.hooks import teach as teach_dispatcher
-from dask_serializers import tensors
 from dask_serializers.keras import upstream
 from dask_serializers.keras.custom import Describer, load, restored
 from dask_serializers.keras.sizes import size
@@ -93,9 +94,10 @@ def take_apart(obj: Any, *, pickle: bool = True) -> Parcel:
         }
     _check_pickle(describer, pickle)
     description["modules"] = sorted(describer.modules)
-    description["optimizers"] = _optimizers(obj)
+    whole = State(obj)
+    description["optimizers"] = _optimizers(obj, whole.saveables)
     description["constants"] = len(describer.arrays)
-    state, arrays = State(obj).taken_apart(backend)
+    state, arrays = whole.taken_apart(backend)
     return Parcel(
         kind="keras",
         description={**description, "state": state},
@@ -142,17 +144,15 @@ def _compiles_by_itself(model: Any) -> bool:
     return own.compile is not keras.Model.compile and own.compile_from_config is keras.Model.compile_from_config
 
 
-def _optimizers(obj: Any) -> dict[str, Any]:
+def _optimizers(obj: Any, found: dict[str, Any]) -> dict[str, Any]:
     """Path of each built optimizer -> the variables it was built with: their places in ``obj.variables``."""
     places = {id(variable): place for place, variable in enumerate(getattr(obj, "variables", []))}
     alone = isinstance(obj, keras.Optimizer)
     built = {}
-    for path, each in saveables(obj):
+    for path, each in found.items():
         if isinstance(each, keras.Optimizer) and each.built:
             trained = upstream.optimizer_variables(each)
-            built[path] = [
-                [v.name, list(v.shape), str(v.dtype)] if alone else places[id(v)] for v in trained
-            ]
+            built[path] = [[v.name, list(v.shape), str(v.dtype)] if alone else places[id(v)] for v in trained]
     return built
 
 
@@ -172,7 +172,7 @@ def rebuild(parcel: Parcel) -> Any:
     stream = parcel.stream
     assert stream is not None
     if parcel.description["type"] == "Variable":
-        return _rebuild_variable(parcel, backend)
+        return _rebuild_variable(parcel.description["object"], stream, backend)
     first = parcel.description["constants"]
     constants = [tensors.read_array(stream, dtype, shape) for dtype, shape in stream.specs[:first]]
     stream.opened = False
@@ -209,8 +209,9 @@ def _rebuilt(
             if not hasattr(root, name):
                 setattr(root, name, value)
         with lazily():
-            _build_optimizers(root, description["optimizers"], lazily is upstream.uninitialized)
-            arriving.read(root, stream, backend, late=True)
+            found = dict(saveables(root))
+            _build_optimizers(root, found, description["optimizers"], lazily is upstream.uninitialized)
+            arriving.read(root, stream, backend, late=True, found=found)
     arriving.finish()
     return root
 
@@ -222,15 +223,13 @@ def _compile(model: Any, config: dict[str, Any], safe: bool) -> None:
     keras.Model.compile(model, **upstream.deserialize(config, safe_mode=safe))
 
 
-def _build_optimizers(root: Any, built: dict[str, Any], lazily: bool) -> None:
+def _build_optimizers(root: Any, found: dict[str, Any], built: dict[str, Any], lazily: bool) -> None:
     """Make the slots of every optimizer that had them; without values, where `lazily`."""
-    if not built:
-        return
-    variables = getattr(root, "variables", [])
-    for path, each in list(saveables(root)):
+    variables = getattr(root, "variables", []) if built else []
+    for path, each in found.items():
         if path in built and isinstance(each, keras.Optimizer) and not each.built:
-            trained = [_placeholder(*v) if isinstance(v, list) else variables[v] for v in built[path]]
             with upstream.eager():
+                trained = [_placeholder(*v) if isinstance(v, list) else variables[v] for v in built[path]]
                 lazy = lazily and upstream.builds_lazily(each)
             with nullcontext() if lazy else upstream.eager():
                 each.build(trained)
@@ -241,10 +240,9 @@ def _placeholder(name: str, shape: list[int], dtype: str) -> Any:
     return keras.Variable("zeros", shape=shape, dtype=dtype, name=name)
 
 
-def _rebuild_variable(parcel: Parcel, backend: str) -> Any:
-    described = parcel.description["object"]
-    dtype, shape = parcel.stream.specs[0]
-    value = tensors.read_tensor(parcel.stream, dtype, shape, backend)
+def _rebuild_variable(described: dict[str, Any], stream: Stream, backend: str) -> Any:
+    ((dtype, shape),) = stream.specs
+    value = tensors.read_tensor(stream, dtype, shape, backend)
     variable = keras.Variable(
         lambda *args, **kwargs: value,
         shape=shape,
@@ -253,5 +251,5 @@ def _rebuild_variable(parcel: Parcel, backend: str) -> Any:
         name=described["name"],
         aggregation=described["aggregation"],
     )
-    variable._path = described["path"]
+    upstream.set_path(variable, described["path"])
     return variable

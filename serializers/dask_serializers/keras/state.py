@@ -48,10 +48,12 @@ class State:
     Parameters
     ----------
     root : keras.Model, keras.Layer, keras.Optimizer or keras.Metric
+    found : dict, optional
+        What :func:`saveables` gives for it, where that is known.
     """
 
-    def __init__(self, root: Any) -> None:
-        self.saveables = dict(saveables(root))
+    def __init__(self, root: Any, found: dict[str, Any] | None = None) -> None:
+        self.saveables = dict(saveables(root)) if found is None else found
         #: path -> what the object saves of itself: Keras variables, or any arrays.
         self.stores: dict[str, dict[str, Any]] = {path: _store(each) for path, each in self.saveables.items()}
         #: Paths of what needs the model to be complete and compiled: optimizers and metrics.
@@ -191,12 +193,12 @@ class Arriving:
         #: number -> arrays that are no variable's
         self.arrays: dict[int, np.ndarray[Any, Any]] = {}
 
-    def read(self, root: Any, stream: Stream, backend: str, *, late: bool) -> None:
+    def read(self, root: Any, stream: Stream, backend: str, *, late: bool, found: dict[str, Any] | None = None) -> None:
         """Take the arrays of one half from the stream, inside :func:`upstream.uninitialized`.
 
         Variables have their values once that scope is left.
         """
-        self.here = State(root)
+        self.here = State(root, found)
         early = self.described["early"]
         targets = self._targets()
         for number in range(early, len(stream.specs) - self.first) if late else range(early):
@@ -229,7 +231,7 @@ class Arriving:
         import keras
 
         for path, policy in self.described["policies"].items():
-            saveable = self.here.saveables.get(path)
+            saveable: Any = self.here.saveables.get(path)
             if upstream.dtype_policy(saveable) is not None:
                 saveable.dtype_policy = keras.dtype_policies.deserialize(policy)
 

@@ -108,7 +108,8 @@ from distributed import Scheduler
 
 class Missing:
     def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in {"dask_bridges", "dask_xgboost", "xgboost", "tensorflow", "keras"}:
+        ours = {"dask_bridges", "dask_xgboost", "dask_serializers"}
+        if name.partition(".")[0] in ours | {"xgboost", "tensorflow", "keras"}:
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
 sys.meta_path.insert(0, Missing())

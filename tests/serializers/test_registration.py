@@ -1,0 +1,138 @@
+"""What registering does, and does not, in one process."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+pytest.importorskip("keras")
+
+
+def run(code: str) -> list[str]:
+    """What a new process prints; lines."""
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout.split()
+
+
+MOVES = """
+def moves(model):
+    from distributed.protocol import deserialize, serialize
+    header, frames = serialize(model)
+    return header["serializer"] == "dask" and deserialize(header, frames).count_params() == model.count_params()
+"""
+MODEL = "import keras; model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])"
+
+
+def test_an_installed_package_needs_no_call_at_all() -> None:
+    assert run(f"{MOVES}\n{MODEL}\nprint(moves(model))") == ["True"]
+
+
+@pytest.mark.parametrize(
+    "order",
+    [
+        "import keras; import distributed",
+        "import distributed; import keras",
+        # distributed's own hook has fired, and has looked up a model's type
+        """
+import keras, distributed.protocol
+from dask_serializers import hooks
+hooks.deactivate()
+distributed.protocol.serialize(keras.Sequential())
+hooks.activate()
+""",
+    ],
+)
+def test_ours_is_the_one_used_whatever_is_imported_first(order: str) -> None:
+    assert run(f"{MOVES}\n{order.strip()}\n{MODEL}\nprint(moves(model))") == ["True"]
+
+
+def test_registering_imports_no_framework() -> None:
+    code = """
+    import sys
+    from distributed import Client, LocalCluster
+    import dask_serializers
+    with LocalCluster(processes=False, n_workers=1, dashboard_address=":0") as cluster, Client(cluster) as client:
+        dask_serializers.register(client)
+        dask_serializers.register(client)
+    print(*{"keras", "tensorflow", "xgboost", "jax", "torch"} & set(sys.modules))
+    """
+    assert run(code) == []
+
+
+def test_it_can_be_undone() -> None:
+    code = f"""
+{MOVES}
+{MODEL}
+import dask.sizeof
+from distributed import Client, LocalCluster
+import dask_serializers, pickle
+with LocalCluster(processes=False, n_workers=1, dashboard_address=":0") as cluster, Client(cluster) as client:
+    dask_serializers.register(client)
+    print(moves(model), dask.sizeof.sizeof(model) > 1000)
+    dask_serializers.unregister(client)
+    from distributed.protocol import serialize
+    print(serialize(model)[0]["serializer"], dask.sizeof.sizeof(model) > 1000)
+    dask_serializers.register(client)
+    print(moves(model))
+"""
+    assert run(code) == ["True", "True", "error", "False", "True"]
+
+
+def test_distributeds_own_serializer_still_fails_on_keras_3() -> None:
+    """When this fails, upstream has mended it: see whether ours is needed for more than completeness and speed."""
+    code = f"""
+{MODEL}
+from dask_serializers import hooks
+hooks.deactivate()
+from distributed.protocol import serialize
+header, frames = serialize(model)
+print(header["serializer"], "_updated_config" in bytes(frames[1]).decode())
+"""
+    assert run(code) == ["error", "True"]
+
+
+def test_a_users_own_pickle_and_copy_are_as_ever() -> None:
+    code = f"""
+{MODEL}
+import copy, distributed, pickle, pickletools
+blob = pickle.dumps(model)
+print(b"dask_serializers" in blob, type(pickle.loads(blob)).__name__, type(copy.deepcopy(model)).__name__)
+"""
+    assert run(code) == ["False", "Sequential", "Sequential"]
+
+
+def test_a_reader_of_another_protocol_says_which_versions_have_met() -> None:
+    from dask_serializers import CannotMove
+    from dask_serializers.parcel import Parcel, arrive_nested, pack
+
+    header, frames = pack(Parcel("keras", {}, versions={"keras": "9.9"}))
+    header["protocol"] = 99
+    with pytest.raises(CannotMove, match=r"protocol 99 \(dask-bridges [\d.]+, keras 9.9\).*reads protocol 1"):
+        arrive_nested(header, *frames).layers  # noqa: B018
+
+
+def test_a_model_without_its_backend_is_a_stand_in_that_says_so() -> None:
+    code = f"""
+import os, pickle, sys
+{MODEL}
+from distributed.protocol import serialize
+from distributed.protocol.serialize import dask_dumps
+header, frames = dask_dumps(model)
+import subprocess
+reader = '''
+import pickle, sys
+from dask_serializers.parcel import arrive_nested
+header, frames = pickle.load(sys.stdin.buffer)
+print(repr(arrive_nested(header, *frames)))
+'''
+sent = pickle.dumps((header["sub-header"], [bytes(frame) for frame in frames]))
+done = subprocess.run(
+    [sys.executable, "-c", reader], input=sent, capture_output=True, env=dict(os.environ, KERAS_BACKEND="nonesuch")
+)
+print(b"StandIn" in done.stdout and b"nonesuch" in done.stdout, done.stderr.decode()[-500:])
+"""
+    assert run(code)[0] == "True"
