@@ -6,6 +6,7 @@ half imported (entry point ``dask.sizeof``).
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -23,6 +24,7 @@ LIBRARIES = {
     "xgboost": "dask_serializers.xgboost",
 }
 
+logger = logging.getLogger(__name__)
 _active = False
 _hooked = False
 
@@ -33,6 +35,8 @@ def activate(*_: Any) -> None:
     Also the ``dask.sizeof`` entry point, which Dask calls with its dispatcher in every process that uses it.
     """
     global _active, _hooked
+    if _active:
+        return
     _active = True
     if _hooked:
         if "distributed.protocol" in sys.modules:
@@ -70,7 +74,7 @@ def _take_over() -> None:
     for library in LIBRARIES:
         for dispatcher in (serialize, deserialize):
             dispatcher.register_lazy(library, partial(_teach, library))
-        if library in sys.modules:
+        if _imported(library):
             _teach(library)
     serialize.register(StandIn, as_sent)
     deserialize.register(StandIn, arrive)
@@ -79,7 +83,17 @@ def _take_over() -> None:
 def _teach(library: str) -> None:
     if not _active or "distributed.protocol" not in sys.modules:
         return
-    import_module(LIBRARIES[library]).teach(*_dispatchers())
+    try:
+        import_module(LIBRARIES[library]).teach(*_dispatchers())
+    except Exception:
+        # This runs inside the user's own `import keras`: a version we do not know must not break that.
+        logger.warning("Objects of this version of %s cannot be moved by dask-bridges", library, exc_info=True)
+
+
+def _imported(module: str) -> bool:
+    """Whether `module` is there, and not just now being imported: then its hook comes."""
+    found = sys.modules.get(module)
+    return found is not None and not getattr(found.__spec__, "_initializing", False)
 
 
 def deactivate() -> None:

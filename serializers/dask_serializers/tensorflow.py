@@ -15,21 +15,21 @@ from dask_serializers.parcel import Parcel, arrive, leave
 __all__ = ["rebuild", "teach", "unteach"]
 
 
-def _types() -> tuple[type, ...]:
-    return (type(tf.constant(0)), tf.Variable)
+#: Named, and not taken from a tensor: the first tensor would settle devices and collectives.
+TYPES = (tf.__internal__.EagerTensor, tf.Variable)
 
 
 def teach(serialize: Any, deserialize: Any, sizeof: Any) -> None:
     """Let Dask send tensors and variables as their bytes."""
-    teach_dispatcher(serialize, _types(), dumps)
-    teach_dispatcher(deserialize, _types(), arrive)
-    teach_dispatcher(sizeof, _types(), size)
+    teach_dispatcher(serialize, TYPES, dumps)
+    teach_dispatcher(deserialize, TYPES, arrive)
+    teach_dispatcher(sizeof, TYPES, size)
 
 
 def unteach(serialize: Any, deserialize: Any, sizeof: Any) -> None:
     """Undo :func:`teach`."""
     for dispatcher in (serialize, deserialize, sizeof):
-        forget(dispatcher, _types())
+        forget(dispatcher, TYPES)
 
 
 def dumps(tensor: Any) -> tuple[dict[str, Any], list[Any]]:

@@ -20,7 +20,10 @@ def run(code: str) -> list[str]:
 
 MOVES = """
 def moves(model):
-    from distributed.protocol import deserialize, serialize
+    import types
+    from distributed.protocol import deserialize, pickle, serialize
+    if b"dask_serializers" not in pickle.dumps(types.SimpleNamespace(held=model)):
+        return False
     header, frames = serialize(model)
     return header["serializer"] == "dask" and deserialize(header, frames).count_params() == model.count_params()
 """
@@ -61,6 +64,27 @@ def test_registering_imports_no_framework() -> None:
     print(*{"keras", "tensorflow", "xgboost", "jax", "torch"} & set(sys.modules))
     """
     assert run(code) == []
+
+
+def test_tensorflow_is_as_untouched_as_after_its_own_import() -> None:
+    code = """
+    import distributed, keras, tensorflow as tf
+    tf.config.threading.set_intra_op_parallelism_threads(1)  # refused once the first tensor is made
+    print(tf.config.threading.get_intra_op_parallelism_threads())
+    """
+    assert run(code) == ["1"]
+
+
+def test_a_version_we_do_not_know_still_imports() -> None:
+    code = """
+    import sys, types
+    from dask_serializers import hooks
+    import distributed
+    sys.modules["dask_serializers.keras"] = types.ModuleType("unknown")  # has no teach()
+    import keras
+    print(keras.Sequential.__name__)
+    """
+    assert run(code) == ["Sequential"]
 
 
 def test_it_can_be_undone() -> None:

@@ -252,10 +252,10 @@ class Arriving:
             if saveable is not None and _loads_by_itself(saveable, lost):
                 saveable.load_own_variables(self._store_for(saveable, store, ours))
             elif lost and path not in self.described["metrics"]:
+                where = f"{path.lstrip('/') or 'the model'} ({self.described['names'][path]})"
                 raise CannotMove(
-                    f"{len(lost)} variables of {path.lstrip('/') or 'the model'} ({self.described['names'][path]}) have "
-                    "no place in the rebuilt one: it makes them later than in build(). Make them in build(), or "
-                    "implement get_build_config() and build_from_config()"
+                    f"{len(lost)} variables of {where} have no place in the rebuilt one: it makes them later than in "
+                    "build(). Make them in build(), or implement get_build_config() and build_from_config()"
                 )
         for path, files in self.described["assets"].items():
             _load_assets(self.here.saveables[path], {name: self.arrays[number] for name, number in files.items()})
