@@ -67,9 +67,12 @@ def _dispatchers() -> tuple[Any, Any, Any]:
 
 def _take_over() -> None:
     """Put our hook in the place of distributed's, whose Keras serializer fails on Keras 3."""
+    from distributed.protocol.serialize import dask_dumps, register_serialization_family
+
     from dask_serializers.parcel import arrive
     from dask_serializers.standin import StandIn, as_sent
 
+    register_serialization_family("dask", dask_dumps, _loads)
     serialize, deserialize, _ = _dispatchers()
     for library in LIBRARIES:
         for dispatcher in (serialize, deserialize):
@@ -78,6 +81,15 @@ def _take_over() -> None:
             _teach(library)
     serialize.register(StandIn, as_sent)
     deserialize.register(StandIn, arrive)
+
+
+def _loads(header: dict[str, Any], frames: Any) -> Any:
+    """Dask's own, but that our objects are rebuilt without their type, which this process may not have."""
+    from distributed.protocol.serialize import dask_loads
+
+    from dask_serializers.parcel import arrive, is_ours
+
+    return arrive(header["sub-header"], frames) if is_ours(header["sub-header"]) else dask_loads(header, frames)
 
 
 def _teach(library: str) -> None:
@@ -104,6 +116,9 @@ def deactivate() -> None:
         if ours in sys.modules:
             sys.modules[ours].unteach(*_dispatchers())
         _hand_back(library)
+    from distributed.protocol.serialize import dask_dumps, dask_loads, register_serialization_family
+
+    register_serialization_family("dask", dask_dumps, dask_loads)
 
 
 def _hand_back(library: str) -> None:

@@ -37,6 +37,7 @@ __all__ = [
     "arrive_nested",
     "as_pickled",
     "failed",
+    "is_ours",
     "leave",
     "nbytes",
     "np_dtype",
@@ -80,14 +81,15 @@ class Stream:
 
     def __init__(self, specs: Sequence[Spec], frames: Sequence[Any]) -> None:
         self.specs = [(dtype, tuple(shape)) for dtype, shape in specs]
-        self.opened = False
+        #: Arrays read; frames are gone once it is not 0.
+        self.reads = 0
         self.memory = Memory(sum(nbytes(dtype, shape) for dtype, shape in self.specs))
         self._frames = list(frames)
         self._at = 0
 
     def read(self, into: np.ndarray[Any, Any]) -> None:
         """Copy the next ``into.nbytes`` bytes; `into` is flat, of uint8."""
-        self.opened = True
+        self.reads += 1
         done = 0
         while done < into.nbytes:
             frame = np.frombuffer(self._frames[0], np.uint8)
@@ -186,6 +188,11 @@ def arrive(header: dict[str, Any], frames: Sequence[Any]) -> Any:
     return received
 
 
+def is_ours(header: Any) -> bool:
+    """Whether a header is one that :func:`pack` or :func:`failed` made."""
+    return isinstance(header, dict) and "protocol" in header and header.get("kind") in {*READERS, "failed"}
+
+
 def arrive_nested(header: dict[str, Any], *frames: Any) -> Any:
     """Rebuild what arrived inside another object, or a stand-in. Never raises."""
     stream = None
@@ -197,7 +204,7 @@ def arrive_nested(header: dict[str, Any], *frames: Any) -> Any:
         return import_module(READERS[parcel.kind]).rebuild(parcel)
     except Exception as error:
         reason = f"An object of kind {header.get('kind')!r} cannot be rebuilt in this process: {_told(error)}"
-        whole = stream is None or not stream.opened
+        whole = stream is None or not stream.reads
         return StandIn(reason, header, frames) if whole else StandIn(reason)
 
 
@@ -233,9 +240,11 @@ def _short(error: BaseException) -> str:
 
 
 def _on_a_worker() -> bool:
+    from distributed.core import Status
     from distributed.worker import Worker
 
-    return len(Worker._instances) > 0
+    over = (Status.closed, Status.closing, Status.failed)
+    return any(worker.status not in over for worker in list(Worker._instances))
 
 
 def _version(package: str) -> str:

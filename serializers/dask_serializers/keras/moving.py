@@ -59,20 +59,12 @@ def dumps(obj: Any) -> tuple[dict[str, Any], list[Any]]:
     ------
     NotImplementedError
         Where custom code is needed, so that Dask goes on to pickle, which says so to a client that forbids pickle.
-        Dask pickles the object's type beside our header, and a type that the receiver lacks would stop the transfer:
-        so a type of the user's goes by pickle as well, in which it is our matter.
     """
     allowed = pickle_allowed()
-    if allowed and _users_type(obj):
-        raise NotImplementedError
     header, frames = leave(lambda: take_apart(obj, pickle=allowed), _called(obj))
     if header.get("pickled"):
         raise NotImplementedError
     return header, frames
-
-
-def _users_type(obj: Any) -> bool:
-    return type(obj).__module__.partition(".")[0] != "keras"
 
 
 def _called(obj: Any) -> str:
@@ -152,6 +144,10 @@ def _optimizers(obj: Any, found: dict[str, Any]) -> dict[str, Any]:
     for path, each in found.items():
         if isinstance(each, keras.Optimizer) and each.built:
             trained = upstream.optimizer_variables(each)
+            if not alone and not {id(v) for v in trained} <= places.keys():
+                raise CannotMove(
+                    f"{path.lstrip('/')} trains variables that are not the model's. Move both in one model"
+                )
             built[path] = [[v.name, list(v.shape), str(v.dtype)] if alone else places[id(v)] for v in trained]
     return built
 
@@ -175,17 +171,17 @@ def rebuild(parcel: Parcel) -> Any:
         return _rebuild_variable(parcel.description["object"], stream, backend)
     first = parcel.description["constants"]
     constants = [tensors.read_array(stream, dtype, shape) for dtype, shape in stream.specs[:first]]
-    stream.opened = False
+    read = stream.reads
     description = parcel.description
     custom = load(parcel.pickled, description["modules"])
     with keras.saving.custom_object_scope(custom), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             return _rebuilt(description, constants, stream, backend, upstream.uninitialized, safe=not custom)
-        except ValueError:
-            # Code of the user's that makes a variable of a value, or reads one while building: it draws its random
-            # weights then, and they are overwritten.
-            if stream.opened:
+        except Exception:
+            # Code of the user's that makes a variable of a value, or works with one while building: it draws its
+            # random weights then, and they are overwritten.
+            if stream.reads > read:
                 raise
             return _rebuilt(description, constants, stream, backend, nullcontext, safe=not custom)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Iterator
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -50,12 +51,14 @@ class State:
     root : keras.Model, keras.Layer, keras.Optimizer or keras.Metric
     found : dict, optional
         What :func:`saveables` gives for it, where that is known.
+    empty : bool
+        Whether it has yet to get its state: what cannot be saved without one is passed over.
     """
 
-    def __init__(self, root: Any, found: dict[str, Any] | None = None) -> None:
+    def __init__(self, root: Any, found: dict[str, Any] | None = None, *, empty: bool = False) -> None:
         self.saveables = dict(saveables(root)) if found is None else found
         #: path -> what the object saves of itself: Keras variables, or any arrays.
-        self.stores: dict[str, dict[str, Any]] = {path: _store(each) for path, each in self.saveables.items()}
+        self.stores: dict[str, dict[str, Any]] = {path: _store(each, empty) for path, each in self.saveables.items()}
         #: Paths of what needs the model to be complete and compiled: optimizers and metrics.
         self.late = _late(self.saveables)
         #: Variables that Keras does not save, such as the states of seed generators.
@@ -124,7 +127,7 @@ class State:
         ]
 
 
-def _store(saveable: Any) -> dict[str, Any]:
+def _store(saveable: Any, empty: bool) -> dict[str, Any]:
     import keras
 
     store: dict[str, Any] = {}
@@ -134,7 +137,8 @@ def _store(saveable: Any) -> dict[str, Any]:
     if plain or _is_metric(saveable):  # of which Keras saves nothing
         return {str(place): variable for place, variable in enumerate(saveable.variables)}
     if hasattr(saveable, "save_own_variables"):
-        saveable.save_own_variables(store)
+        with suppress(Exception) if empty else nullcontext():
+            saveable.save_own_variables(store)
     return store
 
 
@@ -198,7 +202,7 @@ class Arriving:
 
         Variables have their values once that scope is left.
         """
-        self.here = State(root, found)
+        self.here = State(root, found, empty=True)
         early = self.described["early"]
         targets = self._targets()
         for number in range(early, len(stream.specs) - self.first) if late else range(early):

@@ -211,6 +211,25 @@ def discretization():
     return model, features(1), target()
 
 
+def vocabulary():
+    words = keras.ops.convert_to_tensor([["red"], ["green"], ["red"], ["blue"]] * 6)
+    lookup = layers.StringLookup(output_mode="tf_idf")
+    lookup.adapt(words)
+    model = keras.Sequential([keras.Input((1,), dtype="string"), lookup, layers.Dense(1)])
+    model.compile("adam", "mse")
+    return model, words, target()
+
+
+def text():
+    sentences = keras.ops.convert_to_tensor([["a red house"], ["a green house on a hill"]] * 12)
+    split = layers.TextVectorization(output_sequence_length=4)
+    split.adapt(sentences)
+    model = keras.Sequential([keras.Input((1,), dtype="string"), split, layers.Embedding(20, 2), layers.Flatten()])
+    model.add(layers.Dense(1))
+    model.compile("adam", "mse")
+    return model, sentences, target()
+
+
 def constant_in_graph():
     inputs = keras.Input((6,))
     model = keras.Model(inputs, layers.Dense(1)(inputs * np.arange(6.0, dtype="float32")))
@@ -256,6 +275,8 @@ ZOO = {
         loss_scale, uncompiled, unbuilt, never_trained, normalization, discretization, constant_in_graph, adversarial,
     )
 }  # fmt: skip
+if BACKEND == "tensorflow":  # the others have no strings
+    ZOO |= {"vocabulary": vocabulary, "text": text}
 if BACKEND == "jax":
     del ZOO["moving_average"]  # a second fit fails on JAX, moved or not: "Attempt to donate the same buffer twice"
 ZOO |= {policy: low_precision(policy) for policy in ("float16", "bfloat16", "mixed_float16", "mixed_bfloat16")}
