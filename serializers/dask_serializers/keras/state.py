@@ -241,6 +241,11 @@ class Arriving:
 
     def finish(self) -> None:
         """With the scope left: load what is no variable, and check that nothing is missing."""
+        if len(self.described["unsaved"]) != len(self.here.unsaved):
+            raise CannotMove(
+                f"it has {len(self.described['unsaved'])} states that Keras does not save (of seed generators), and "
+                f"{len(self.here.unsaved)} where it is rebuilt: make them in __init__() or build()"
+            )
         frozen = set(self.described["frozen"])
         for path, store in self.described["stores"].items():
             saveable = self.here.saveables.get(path)

@@ -59,7 +59,7 @@ OPTIMIZERS = st.sampled_from(
 )
 
 
-@settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=8, deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.data())
 def test_any_stack_of_layers_arrives_with_any_optimizer(data):
     policy = data.draw(st.sampled_from(["float32", "mixed_bfloat16", "float16"]))
