@@ -40,7 +40,7 @@ def visits() -> Iterator[dict[str, subprocess.Popen[str]]]:
     yield started
     for process in started.values():
         process.kill()
-        process.communicate()
+        process.wait()
 
 
 @pytest.mark.timeout(600)
