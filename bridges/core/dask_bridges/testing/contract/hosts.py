@@ -55,6 +55,7 @@ class HostContract(Contract):
             hosts.unplug("lost")
             part.finish()
 
+    @pytest.mark.slow  # it waits for a connection to be given up
     def test_members_end_when_the_host_of_their_caller_goes_silent(self, tmp_path: Path) -> None:
         quick = {"DASK_DISTRIBUTED__COMM__TIMEOUTS__TCP": f"{TCP_TIMEOUT}s"}
         with (
