@@ -70,6 +70,7 @@ def test_an_estimator_arrives_with_its_booster(rows: tuple[pd.DataFrame, Any]) -
     estimator = xgboost.XGBClassifier(n_estimators=7, enable_categorical=True).fit(frame, label)
     moved = move(estimator)
     np.testing.assert_array_equal(moved.predict_proba(frame), estimator.predict_proba(frame))
+    assert sizeof(estimator) > 0.5 * len(estimator.get_booster().save_raw("ubj"))
     assert repr(moved.get_params()) == repr(estimator.get_params())
     assert not hasattr(move(xgboost.XGBRegressor(max_depth=2)), "_Booster")
 

@@ -71,3 +71,11 @@ def test_dask_knows_what_models_weigh() -> None:
     assert sizeof(model.optimizer) == pytest.approx(8e6, rel=0.05)
     assert sizeof(model.layers[0].kernel) == pytest.approx(4e6, rel=0.05)
     assert sizeof(tf.zeros(1000)) == pytest.approx(4000, rel=0.2)
+
+
+def test_what_is_larger_than_a_frame_of_dasks_is_cut_and_arrives() -> None:
+    variable = tf.Variable(tf.range(20_000_000, dtype="float32"))  # 80 MB
+    _, frames = serialize(variable)
+    assert max(memoryview(frame).nbytes for frame in frames) <= 2**26
+    moved = move(variable)
+    assert bool(tf.reduce_all(moved == variable))

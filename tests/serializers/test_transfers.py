@@ -275,3 +275,13 @@ def test_a_client_without_pickle_gets_plain_models_and_is_told_why_not_others(cl
         assert things.outputs(strict.submit(things.build, seed=10).result(60)) == things.outputs(things.build(seed=10))
         with pytest.raises(dask_serializers.CannotMove, match=r"<lambda>.*only pickle.*register_keras_serializable"):
             strict.submit(custom).result(60)
+
+
+def test_workers_that_join_later_move_models_too(client: Client, workers: list[str], things: Any) -> None:
+    dask_serializers.register(client)
+    client.cluster.scale(3)
+    client.wait_for_workers(3, timeout=60)
+    (late,) = set(client.scheduler_info(n_workers=-1)["workers"]) - set(workers)
+    built = client.submit(things.build, seed=11, workers=[late])
+    held = client.submit(things.Holder, "held", built, workers=workers[:1])
+    assert client.submit(things.held_outputs, held, workers=[late]).result(60) == things.outputs(built.result(60))
