@@ -17,7 +17,7 @@ import wrapt
 
 __all__ = ["activate", "deactivate", "forget", "teach"]
 
-#: Top-level module of a library -> our module that has ``teach()`` and ``unteach()`` for it.
+#: Top-level module of a library -> our module that has ``teach()``, ``unteach()`` and ``rebuild(parcel)`` for it.
 LIBRARIES = {
     "keras": "dask_serializers.keras",
     "tensorflow": "dask_serializers.tensorflow",

@@ -26,6 +26,7 @@ from typing import Any
 
 import numpy as np
 
+from dask_serializers.hooks import LIBRARIES
 from dask_serializers.memory import Memory
 from dask_serializers.standin import CannotMove, StandIn
 
@@ -48,13 +49,6 @@ SHARD = 2**25  # bytes; under distributed.comm.shard (64 MiB), beyond which Dask
 LONGEST = 1000  # characters of one error's text; Keras quotes whole configs
 SMALL = 2**16  # bytes; arrays up to this size share frames
 
-#: kind -> module with ``rebuild(parcel)``
-READERS = {
-    "keras": "dask_serializers.keras",
-    "tensorflow": "dask_serializers.tensorflow",
-    "xgboost": "dask_serializers.xgboost",
-}
-
 Spec = tuple[str, tuple[int, ...]]
 
 
@@ -62,7 +56,7 @@ Spec = tuple[str, tuple[int, ...]]
 class Parcel:
     """An object taken apart: what is sent, and what arrives."""
 
-    #: Which of `READERS` rebuilds it.
+    #: Which of `LIBRARIES` rebuilds it.
     kind: str
     #: Anything JSON can hold.
     description: Any
@@ -190,7 +184,7 @@ def arrive(header: dict[str, Any], frames: Sequence[Any]) -> Any:
 
 def is_ours(header: Any) -> bool:
     """Whether a header is one that :func:`pack` or :func:`failed` made."""
-    return isinstance(header, dict) and "protocol" in header and header.get("kind") in {*READERS, "failed"}
+    return isinstance(header, dict) and "protocol" in header and header.get("kind") in {*LIBRARIES, "failed"}
 
 
 def arrive_nested(header: dict[str, Any], *frames: Any) -> Any:
@@ -201,7 +195,7 @@ def arrive_nested(header: dict[str, Any], *frames: Any) -> Any:
             return StandIn(bytes(frames[0]).decode())
         parcel = _opened(header, frames)
         stream = parcel.stream
-        return import_module(READERS[parcel.kind]).rebuild(parcel)
+        return import_module(LIBRARIES[parcel.kind]).rebuild(parcel)
     except Exception as error:
         reason = f"An object of kind {header.get('kind')!r} cannot be rebuilt in this process: {_told(error)}"
         whole = stream is None or not stream.reads

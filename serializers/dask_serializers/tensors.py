@@ -84,10 +84,9 @@ def _read_tensorflow(stream: Stream, dtype: str, shape: tuple[int, ...]) -> Any:
 
 
 def _read_torch(stream: Stream, dtype: str, shape: tuple[int, ...]) -> Any:
-    import keras
     import torch
 
-    kind = keras.src.backend.torch.core.to_torch_dtype(dtype)
+    kind = getattr(torch, dtype)
     size = nbytes(dtype, shape)
     if size == 0:
         return torch.empty(shape, dtype=kind)

@@ -46,19 +46,19 @@ class Describer:
                 "config": {"value": {ARRAY: len(self.arrays) - 1}, "dtype": str(obj.dtype)},
             }
         if isinstance(obj, types.FunctionType):
-            return plain(obj) if self._found_by_name(obj, obj) else self._by_key(obj)
+            return plain(obj) if self._found_by_name(obj) else self._by_key(obj)
         if _opaque(obj):
             return self._by_key(obj)
         described = plain(obj)
         if isinstance(described, dict) and "registered_name" in described and hasattr(obj, "get_config"):
             cls = type(obj)
-            if not self._found_by_name(cls, obj):
+            if not self._found_by_name(cls):
                 described["registered_name"] = self._key(cls)
             if isinstance(described["config"], dict):
                 described["config"] |= upstream.missing_from_config(obj, described["config"])
         return described
 
-    def _found_by_name(self, symbol: Any, obj: Any) -> bool:
+    def _found_by_name(self, symbol: Any) -> bool:
         """Whether Keras at the receiver finds this class or function, given what we import there."""
         if upstream.public_name(symbol) is not None or symbol.__module__.partition(".")[0] == "keras":
             return True

@@ -118,7 +118,7 @@ class State:
         return {path: keras.dtype_policies.serialize(each) for path, each in policies.items() if each is not None}
 
     def _frozen(self) -> list[str]:
-        """Variables that do not train, other than by their layer's own word."""
+        """Variables that do not train."""
         return [
             f"{path}\n{key}"
             for path, store in self.stores.items()

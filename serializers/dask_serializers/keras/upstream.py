@@ -60,6 +60,16 @@ sharing = serialization_lib.ObjectSharingScope
 _describe_in_lambda = Lambda._serialize_function_to_config
 
 
+@contextmanager
+def _in_this_thread(name: str, value: Any) -> Iterator[None]:
+    before = getattr(_local, name, None)
+    setattr(_local, name, value)
+    try:
+        yield
+    finally:
+        setattr(_local, name, before)
+
+
 def _described(obj: Any) -> Any:
     describe = getattr(_local, "describe", None)
     return _describe(obj) if describe is None else describe(obj, _describe)
@@ -77,12 +87,8 @@ def describing(describe: Callable[[Any, Callable[[Any], Any]], Any]) -> Iterator
     """Within, in this thread, Keras describes each object by ``describe(object, what Keras itself would do)``."""
     serialization_lib.serialize_keras_object = _described
     Lambda._serialize_function_to_config = _described_in_lambda
-    before = getattr(_local, "describe", None)
-    _local.describe = describe
-    try:
+    with _in_this_thread("describe", describe):
         yield
-    finally:
-        _local.describe = before
 
 
 def serialize(obj: Any) -> Any:
@@ -207,12 +213,9 @@ def _rebuild_later(model: Any) -> None:
 
 
 def _from_config_at_once(cls: Any, config: Any, custom_objects: Any = None) -> Any:
-    before = getattr(_local, "adding", False)
-    _local.adding = at_once = getattr(_local, "at_once", False)
-    try:
+    at_once = getattr(_local, "at_once", False)
+    with _in_this_thread("adding", at_once):
         model = _sequential_from_config(cls, config, custom_objects)
-    finally:
-        _local.adding = before
     if at_once and not model.built and model.layers:
         _rebuild(model)
     return model
@@ -223,17 +226,13 @@ def built_at_once() -> Iterator[None]:
     """Within, in this thread, a Sequential is built from its config once, and not again for each of its layers."""
     Sequential._maybe_rebuild = _rebuild_later
     Sequential.from_config = classmethod(_from_config_at_once)
-    before = getattr(_local, "at_once", False)
-    _local.at_once = True
-    try:
+    with _in_this_thread("at_once", True):
         yield
-    finally:
-        _local.at_once = before
 
 
 @contextmanager
 def uninitialized() -> Iterator[None]:
-    """Within, variables are created without a value; those left without one get it where the block ends well."""
+    """Within, variables are created without a value; those left without one get it where the block ends."""
     import keras
 
     waiting = global_state.get_global_attribute("uninitialized_variables", [])
