@@ -52,7 +52,8 @@ class Turns:
         stop_timeout: float | None = None,
         **options: Any,
     ) -> dict[str, Any]:
-        request = {"client": self.client.id, "label": f"gang {gang}", "attempt": 1, "exclusive": True}
+        request = {"client": self.client.id, "label": f"gang {gang}", "attempt": 1, "exclusive": True,
+                   "names": [f"member {rank}" for rank in range(9)], "replaceable": ()}  # fmt: skip
         request["deadlines"] = asdict(Deadlines.configured(stop_timeout=stop_timeout))
         return await turns.ask(
             self.client, "acquire", gang=gang, candidates=[self.workers[i] for i in candidates],
@@ -66,7 +67,7 @@ class Turns:
         return await turns.ask(self.client, method, gang=gang, **{"attempt": 1, "rank": rank, **request})
 
     async def present(self, gang: str, rank: int, **request: Any) -> dict[str, Any]:
-        return await self.ask("present", gang, rank, **{"worker": self.workers[rank], **request})
+        return await self.ask("present", gang, rank, **{"worker": self.workers[rank], "incarnation": 0, **request})
 
     async def settle(self, gang: str) -> dict[str, Any]:
         return await turns.ask(self.client, "settle", gang=gang, reason="a member failed")
@@ -460,7 +461,7 @@ client = Client(sys.argv[1])
 client.sync(turns.register, client)
 answer = client.sync(turns.ask, client, "acquire", gang="doomed", client=client.id, wait=0, label="doomed", attempt=1,
                      exclusive=True, candidates=[sys.argv[2]], places=1, topic="doomed",
-                     deadlines=asdict(Deadlines.configured()))
+                     names=["member 0"], replaceable=[], deadlines=asdict(Deadlines.configured()))
 print("granted" in answer, flush=True)
 sys.stdin.read()
 """

@@ -331,7 +331,7 @@ def test_children_are_gone_with_their_killed_worker(
     bridges_doomed_client: Client, tmp_path: Path, function: Function
 ) -> None:
     with running(bridges_doomed_client, function, tmp_path / "up") as (gang, processes):
-        processes[-1].parent().kill()
+        processes[-1].parent().parent().kill()
         with pytest.raises(MemberLost, match="member 1 was lost"):
             gang.result(10)
         assert_gone(processes)
@@ -340,7 +340,7 @@ def test_children_are_gone_with_their_killed_worker(
 
 def test_even_frozen_children_are_gone_with_their_killed_worker(bridges_doomed_client: Client, tmp_path: Path) -> None:
     with running(bridges_doomed_client, until_stopped, tmp_path / "up") as (gang, processes):
-        worker = processes[-1].parent()
+        worker = processes[-1].parent().parent()
         processes[-1].suspend()
         os.kill(worker.pid, signal.SIGKILL)
         with pytest.raises(MemberLost, match="member 1 was lost"):

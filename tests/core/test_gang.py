@@ -229,13 +229,14 @@ def as_another_attempt(member: WorkerMember, payload: Any) -> None:
     member.attempt = 2
 
 
-def test_a_line_of_a_member_is_logged_with_gang_and_rank(gang: GangRunner, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_line_of_a_member_is_in_the_log_of_its_worker(client: Client, gang: GangRunner) -> None:
     def say(member: WorkerMember, payload: Any) -> str:
         member.log("here I am", logging.WARNING)
         return member.gang
 
     name = gang(say, [0, 1])[0]
-    assert f"[gang {name} rank 1] here I am" in caplog.text
+    lines = [line for log in client.get_worker_logs().values() for _, line in log]
+    assert any(f"[gang {name} member 1] here I am" in line for line in lines)
 
 
 def test_nothing_is_left_behind_on_the_client(

@@ -19,7 +19,7 @@ from distributed.security import Security
 
 import dask_xgboost
 from dask_bridges import PlacementError
-from dask_xgboost.communicator import port_range
+from dask_bridges.ports import port_range
 
 pytestmark = pytest.mark.cluster
 

@@ -23,7 +23,7 @@ from dask_bridges.watchdog import Watchdog, last_words
 __all__ = ["OPERATION", "STOP", "Arbiter"]
 
 #: Bumped when the messages change: two versions then live side by side, unaware of each other.
-PROTOCOL = 2
+PROTOCOL = 3
 #: Name of the plugin, of its comm handler and of its stream handler on the scheduler.
 OPERATION = f"dask_bridges_arbiter_{PROTOCOL}"
 #: Name of the stream handler on the workers by which members are asked to stop.
@@ -47,6 +47,10 @@ class _Gang:
         self.exclusive: bool = request["exclusive"]
         self.topic: str = request["topic"]
         self.deadlines: dict[str, float] = request["deadlines"]
+        self.names: list[str] = request["names"]
+        self.replaceable = set(request["replaceable"])
+        self.incarnations = [0] * self.places
+        self.hosts: list[str] = []  # by rank, once granted
         self.workers: list[str] = []  # by rank, once granted
         self.nannies: list[tuple[str | None, int]] = []  # by rank: address, and process of the worker
         self.presented: set[int] = set()
@@ -56,6 +60,7 @@ class _Gang:
         self.reasons: dict[int, str] = {}  # rank -> why its worker was lost
         self.enforced: asyncio.Task[None] | None = None  # sees to it that members end
         self.payloads: dict[int, dict[int, Any]] = {}
+        self.agreed: list[Any] = []  # payloads of the last exchange, by rank
         self.ending = ""  # why, once no member may start or go on
         self.released = False
         self.changed = asyncio.Event()
@@ -122,7 +127,7 @@ class Arbiter(SchedulerPlugin):  # type: ignore[misc]
         return task
 
     async def handle(self, method: str, **request: Any) -> dict[str, Any]:
-        """The one comm handler: `method` is acquire, present, exchange, settle, release or status."""
+        """The one comm handler: `method` is acquire, present, exchange, recall, settle, replace, release or status."""
         answer: dict[str, Any] = await getattr(self, f"on_{method}")(**request)
         return answer
 
@@ -189,7 +194,9 @@ class Arbiter(SchedulerPlugin):  # type: ignore[misc]
                 reserved.update(gang.candidates)
                 continue
             gang.workers = free[: gang.places]
-            gang.nannies = [(state.nanny, state.pid) for state in map(self.scheduler.workers.get, gang.workers)]
+            states = [self.scheduler.workers[worker] for worker in gang.workers]
+            gang.nannies = [(state.nanny, state.pid) for state in states]
+            gang.hosts = [state.host for state in states]
             (exclusive if gang.exclusive else shared).update(gang.workers)
             gang.touch()
             self.watchdog.wake()
@@ -205,8 +212,8 @@ class Arbiter(SchedulerPlugin):  # type: ignore[misc]
 
     # Members
 
-    async def on_present(self, gang: str, attempt: int, rank: int, worker: str) -> dict[str, Any]:
-        """A member's first act: its token (gang, attempt, rank) is accepted once, from its own worker."""
+    async def on_present(self, gang: str, attempt: int, rank: int, incarnation: int, worker: str) -> dict[str, Any]:
+        """A member's first act: its token (gang, attempt, rank, incarnation) is accepted once, from its own worker."""
         known = self.gangs.get(gang)
         refused = ""
         if known is None or known.attempt != attempt or not known.workers:
@@ -215,7 +222,7 @@ class Arbiter(SchedulerPlugin):  # type: ignore[misc]
             refused = known.ending
         elif known.workers[rank] != worker:
             refused = f"its place is on {known.workers[rank]}"
-        elif rank in known.presented:
+        elif rank in known.presented or known.incarnations[rank] != incarnation:
             refused = "it has run already"
         if refused or known is None:
             return {"refused": refused}
@@ -233,6 +240,7 @@ class Arbiter(SchedulerPlugin):  # type: ignore[misc]
         gathered[rank] = payload
         world = len(known.workers)
         if len(gathered) == world:  # waking all for each arrival would cost the square of the world
+            known.agreed = [gathered[r] for r in range(world)]
             known.payloads.pop(step, None)  # whoever waits for it holds it
             known.touch()
         await known.until(lambda: len(gathered) == world or known.ending, timeout)
@@ -240,6 +248,11 @@ class Arbiter(SchedulerPlugin):  # type: ignore[misc]
             missing = [r for r in range(world) if r not in gathered]
             return {"ended": known.ending, "missing": missing}
         return {"payloads": [gathered[r] for r in range(world)]}
+
+    async def on_recall(self, gang: str, attempt: int, rank: int) -> dict[str, Any]:
+        """The payloads of the last exchange that is over."""
+        known = self.gangs.get(gang)
+        return {"payloads": [] if known is None or known.attempt != attempt else known.agreed}
 
     def tell(self, gang: str, attempt: int, rank: int, outcome: str, left: bool, worker: str = "") -> None:
         """A member says how it ends (stream message), when it knows, and when it has `left`.
@@ -258,7 +271,7 @@ class Arbiter(SchedulerPlugin):  # type: ignore[misc]
             if left:
                 known.left.add(rank)
             if outcome != "finished":
-                self.end(known, f"member {rank} failed")
+                self.end(known, f"{known.names[rank]} failed")
             self._settled(known)
         except Exception:  # an error here would close the stream of an innocent worker
             logger.exception("arbiter: word of %s rank %s", gang, rank)
@@ -283,7 +296,7 @@ class Arbiter(SchedulerPlugin):  # type: ignore[misc]
             return
         for rank in sorted(gang.live):
             worker = gang.workers[rank]
-            gang.reasons[rank] = f"member {rank} of {gang.label} on {worker} had not ended after {timeout:g} s"
+            gang.reasons[rank] = f"{gang.names[rank]} of {gang.label} on {worker} had not ended after {timeout:g} s"
             if gang.nannies[rank][0] is None:
                 gang.reasons[rank] += ", and has no nanny that could restart its worker"
             else:
@@ -347,6 +360,7 @@ class Arbiter(SchedulerPlugin):  # type: ignore[misc]
     def add_worker(self, scheduler: Any, worker: str) -> None:
         """A worker has come: gangs that run go on as they are, and their clients hear of it."""
         for gang in self.gangs.values():
+            gang.touch()
             if gang.workers and not gang.ending:
                 text = f"goes on with its {gang.places} workers; {worker}, which has just joined, is left out"
                 self._tell(gang, {"event": "Log", "rank": -1, "text": text, "level": logging.INFO})
@@ -368,19 +382,23 @@ class Arbiter(SchedulerPlugin):  # type: ignore[misc]
         """A worker is gone: gangs with a member there end, and their clients hear of it."""
         reason = self.watchdog.reasons.pop(worker, "")
         for gang in list(self.gangs.values()):
-            if worker in gang.workers:
-                self._lose(gang, gang.workers.index(worker), reason)
+            for rank in [rank for rank, its in enumerate(gang.workers) if its == worker]:
+                self._lose(gang, rank, reason)
             self._settled(gang)
 
     def restart(self, scheduler: Any) -> None:
         """All tasks are forgotten and all workers restarted: no member lives on."""
         for gang in list(self.gangs.values()):
+            gang.replaceable.clear()
             for rank in range(len(gang.workers)):
                 self._lose(gang, rank, "somebody restarted the cluster (client.restart)")
             self._settled(gang)
 
     def _lose(self, gang: _Gang, rank: int, reason: str) -> None:
         """Note the loss of a member, in its place among the ends of the others, and end its gang."""
+        if rank in gang.replaceable and not gang.ending:
+            self._vacate(gang, rank)
+            return
         worker, before = gang.workers[rank], gang.outcomes.get(rank, "")
         gang.presented.add(rank)
         if rank in gang.restarted or (gang.released and rank in gang.left):
@@ -394,7 +412,41 @@ class Arbiter(SchedulerPlugin):  # type: ignore[misc]
             gang.reasons[rank] = reason
         if not gang.released:
             self._tell(gang, {"event": "Lost", "rank": rank, "worker": worker})
-            self.end(gang, f"worker {worker} of member {rank} was lost")
+            self.end(gang, f"worker {worker} of {gang.names[rank]} was lost")
+
+    def _vacate(self, gang: _Gang, rank: int) -> None:
+        """A member that can be replaced is lost: the others go on."""
+        gang.incarnations[rank] += 1
+        gang.presented.discard(rank)
+        gang.outcomes.pop(rank, None)
+        gang.left.discard(rank)
+        self._tell(gang, {"event": "Lost", "rank": rank, "worker": gang.workers[rank], "replaceable": True})
+
+    async def on_replace(self, gang: str, rank: int, wait: float) -> dict[str, Any]:
+        """A new place for a lost member, on the same host, where its peers will look for it.
+
+        Answers ``{"worker": address, "incarnation": number}``, ``{"host": name}`` if after
+        `wait` seconds that host has no worker, or ``{"ended": reason}``.
+        """
+        known = self.gangs.get(gang)
+        if known is None:
+            return {"ended": "its gang has ended"}
+        found: list[str] = []
+
+        def look() -> bool:
+            states = [state for state in self.scheduler.workers.values() if state.host == known.hosts[rank]]
+            free = sorted((known.workers.count(state.address), state.address) for state in states)
+            found[:] = [address for _, address in free if address != known.workers[rank]]
+            return bool(found or known.ending)
+
+        await known.until(look, wait)
+        if known.ending:
+            return {"ended": known.ending}
+        if not found:
+            return {"host": known.hosts[rank]}
+        state = self.scheduler.workers[found[0]]
+        known.workers[rank], known.nannies[rank] = found[0], (state.nanny, state.pid)
+        return {"worker": found[0], "incarnation": known.incarnations[rank]}
 
     async def on_status(self) -> dict[str, Any]:
         """Who holds and who waits, for people and tests."""

@@ -99,10 +99,11 @@ class Span(Event):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Log(Event):
-    """A line of text for people."""
+    """Lines of text for people; `stream` is "stdout" or "stderr" where a child process wrote them."""
 
     text: str
     level: int = logging.INFO
+    stream: str = ""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -120,9 +121,10 @@ class Failed(Event):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Lost(Event):
-    """The scheduler lost the worker of the member that `rank` names."""
+    """The scheduler lost the worker of the member that `rank` names, which may be `replaceable`."""
 
     worker: str
+    replaceable: bool = False
 
 
 Listener = Callable[[Event], None]

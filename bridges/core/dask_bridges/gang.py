@@ -10,8 +10,8 @@ import asyncio
 import logging
 import time
 import uuid
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import dask
@@ -56,6 +56,11 @@ class GangPlan:
         configuration by default.
     collateral : callable
         See `MemberSpec.collateral`.
+    names : sequence of str
+        What people call the members, by rank: "worker:1".
+    replaceable : collection of int
+        Ranks without which the others go on: one that is lost with its worker starts again on another
+        worker of its host.
     """
 
     label: str
@@ -67,6 +72,13 @@ class GangPlan:
     start_timeout: float | str | None = None
     stop_timeout: float | str | None = None
     collateral: Callable[[BaseException], bool] = field(default=never_collateral)
+    names: Sequence[str] = ()
+    replaceable: Collection[int] = ()
+
+    @property
+    def called(self) -> tuple[str, ...]:
+        """What people call the members, by rank."""
+        return tuple(self.names) or tuple(f"member {rank}" for rank in range(len(self.payloads)))
 
 
 class Gang:
@@ -95,6 +107,9 @@ class Gang:
         self.events = EventStream(self.id)
         self.events.attempt = attempt
         self._lost, self._started = asyncio.Event(), asyncio.Event()
+        self._members: dict[int, _Running] = {}
+        self._replaced = asyncio.Event()
+        self._replacing: set[asyncio.Task[None]] = set()
         self.events.listen(self._notice)
 
     async def run(self) -> list[Any]:
@@ -167,6 +182,8 @@ class Gang:
             "places": len(plan.payloads),
             "exclusive": plan.exclusive,
             "topic": topic_of(self.id),
+            "names": list(plan.called),
+            "replaceable": list(plan.replaceable),
             "deadlines": asdict(self.deadlines),
         }
         told = ""
@@ -213,57 +230,121 @@ class Gang:
 
     # The members
 
-    def _submit(self, workers: tuple[str, ...]) -> list[Future]:
-        """One task a member, pinned to its worker, in one graph."""
+    def _specs(self, workers: Sequence[str]) -> list[MemberSpec]:
         plan = self.plan
-        specs = {
-            f"{plan.label.replace(' ', '-')}-{self.id}-{self.attempt}-{rank}": MemberSpec(
+        return [
+            MemberSpec(
                 gang=self.id,
                 attempt=self.attempt,
                 rank=rank,
-                workers=workers,
+                workers=tuple(workers),
                 label=plan.label,
                 function=plan.function,
                 payload=payload,
                 collateral=plan.collateral,
                 deadlines=self.deadlines,
+                name=name,
             )
-            for rank, payload in enumerate(plan.payloads)
-        }
-        places = dict(zip(specs, ([worker] for worker in workers)))
-        graph = {key: sealed_task(key, run_member, spec) for key, spec in specs.items()}
+            for rank, (name, payload) in enumerate(zip(plan.called, plan.payloads))
+        ]
+
+    def _submit(self, specs: Sequence[MemberSpec]) -> None:
+        """One task a member, pinned to its worker, in one graph."""
+        label = self.plan.label.replace(" ", "-")
+        keys = {f"{label}-{self.id}-{self.attempt}-{spec.rank}-{spec.incarnation}": spec for spec in specs}
+        places = {key: [spec.workers[spec.rank]] for key, spec in keys.items()}
+        graph = {key: sealed_task(key, run_member, spec) for key, spec in keys.items()}
         # A bound method of a dict: the scheduler unpickles and calls it without this package.
         with dask.annotate(workers=places.__getitem__, allow_other_workers=False, retries=0):
-            return list(self.client.get(graph, list(graph), sync=False, priority=100))
+            futures = self.client.get(graph, list(graph), sync=False, priority=100)
+        for spec, future in zip(specs, futures):
+            self._members[spec.rank] = _Running(spec, future)
 
     def _notice(self, event: Event) -> None:
         """Listen to what matters for the course of the gang."""
-        if isinstance(event, Lost):
+        if isinstance(event, Lost) and event.replaceable:
+            work = asyncio.ensure_future(self._replace(event.rank))
+            self._replacing.add(work)
+            work.add_done_callback(self._replacing.discard)
+        elif isinstance(event, Lost):
             self._lost.set()
         elif isinstance(event, Started):
             self._started.set()
         elif isinstance(event, Log) and event.rank < 0:
             logger.log(event.level, "[gang %s] %s %s", self.id, self.plan.label, event.text)
 
+    async def _replace(self, rank: int) -> None:
+        """Start a lost member again, once its host has a worker for it."""
+        told, notice, name = False, config.seconds("wait-notice"), self.plan.called[rank]
+        while True:
+            try:
+                place = await turns.ask(self.client, "replace", gang=self.id, rank=rank, wait=notice)
+            except OSError:  # the scheduler is gone, which others see as well
+                return
+            if "host" not in place:
+                break
+            if not told:
+                told = True
+                text = f"{name} waits for a Dask worker on its host, {place['host']}; the others go on"
+                self._emit(Log, text=text, level=logging.WARNING)
+        if "ended" in place or rank not in self._members:
+            return
+        lost = self._members[rank]
+        workers = list(lost.spec.workers)
+        workers[rank] = place["worker"]
+        self._submit([replace(lost.spec, workers=tuple(workers), incarnation=place["incarnation"])])
+        lost.release()
+        self._emit(Log, text=f"{name} was lost with its worker, and starts again on {place['worker']}")
+        self._replaced.set()
+
     async def _run_members(self, workers: tuple[str, ...]) -> list[Any]:
-        futures = self._submit(workers)
-        ends = [asyncio.ensure_future(_end_of(future)) for future in futures]
+        self._submit(self._specs(workers))
         lost = asyncio.ensure_future(self._lost.wait())
-        finished = asyncio.ensure_future(asyncio.wait(ends, return_when=asyncio.FIRST_EXCEPTION))
         try:
-            await self._until_over({finished, lost})
-            if finished.done() and not lost.done() and not any(map(_error_of, ends)):
-                fetched = await self._fetch(futures, lost)
+            await self._until_one_fails(lost)
+            ends = [self._members[rank].end for rank in sorted(self._members)]
+            if not lost.done() and all(end.done() for end in ends) and not any(map(_error_of, ends)):
+                fetched = await self._fetch(self._futures, lost)
                 if fetched is not None:
                     return fetched
-            error = await self._root_cause(next(filter(None, map(_error_of, ends)), None), futures, workers)
+            error = await self._root_cause(next(filter(None, map(_error_of, ends)), None))
             raise error from error.__cause__
         finally:
-            for task in (*ends, lost, finished):
+            for task in (*self._replacing, lost):
                 task.cancel()
-            await asyncio.gather(*ends, lost, finished, return_exceptions=True)
-            for future in futures:
-                future.release()
+            await asyncio.gather(*self._replacing, lost, return_exceptions=True)
+            for member in self._members.values():
+                member.release()
+            self._members.clear()
+
+    def worker_of(self, rank: int) -> str:
+        """The worker of a member that runs.
+
+        Raises
+        ------
+        KeyError
+            If no members run.
+        """
+        return self._members[rank].spec.workers[rank]
+
+    @property
+    def _futures(self) -> list[Future]:
+        return [self._members[rank].future for rank in sorted(self._members)]
+
+    async def _until_one_fails(self, lost: asyncio.Future[Any]) -> None:
+        """Wait until all members have ended, or one that is not replaced has done so badly."""
+        while True:
+            self._replaced.clear()
+            ends = [member.end for member in self._members.values()]
+            finished = asyncio.ensure_future(asyncio.wait(ends, return_when=asyncio.FIRST_EXCEPTION))
+            replaced = asyncio.ensure_future(self._replaced.wait())
+            try:
+                await self._until_over({finished, lost, replaced})
+                if not replaced.done():
+                    return
+            finally:
+                finished.cancel()
+                replaced.cancel()
 
     async def _until_over(self, over: set[asyncio.Future[Any]]) -> None:
         """Wait until one of `over` has come, or the members are late to start."""
@@ -293,9 +374,7 @@ class Gang:
             results.cancel()
             await asyncio.gather(results, return_exceptions=True)
 
-    async def _root_cause(
-        self, raised: BaseException | None, futures: Sequence[Future], workers: tuple[str, ...]
-    ) -> BaseException:
+    async def _root_cause(self, raised: BaseException | None) -> BaseException:
         """Wait until all members have ended, and tell which failure came first."""
         reason = "a member failed" if raised is not None or self._lost.is_set() else "some members were late to start"
         try:
@@ -304,12 +383,42 @@ class Gang:
             settled = await turns.ask(self.client, "settle", gang=self.id, reason=reason)
         except OSError as gone:
             return MemberLost(f"{self.plan.label}: the scheduler is gone, and the members with it: {gone}")
-        known = RootCause(self.plan.label, futures, workers, self.events, self._lost, self.deadlines.start_timeout)
+        workers = [self._members[rank].spec.workers[rank] for rank in sorted(self._members)]
+        known = RootCause(
+            self.plan.label,
+            self._futures,
+            workers,
+            self.plan.called,
+            self.events,
+            self._lost,
+            self.deadlines.start_timeout,
+        )
         cause = await known.find(raised, settled)
         for note in known.stuck(settled):
             logger.warning("[gang %s] %s", self.id, note)
             cause.add_note(note)
         return cause
+
+
+class _Running:
+    """A member whose task has been submitted."""
+
+    def __init__(self, spec: MemberSpec, future: Future) -> None:
+        self.spec = spec
+        self.future = future
+        self.end = asyncio.ensure_future(_end_of(future))
+        self.end.add_done_callback(_seen)
+
+    def release(self) -> None:
+        """Nobody waits for it any more."""
+        self.end.cancel()
+        self.future.release()
+
+
+def _seen(end: asyncio.Future[None]) -> None:
+    """A member that ended badly is looked at elsewhere, or was replaced."""
+    if not end.cancelled():
+        end.exception()
 
 
 def _ignore(event: Any) -> None:

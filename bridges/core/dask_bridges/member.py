@@ -56,6 +56,10 @@ class MemberSpec:
         (a broken collective), so that the root cause is found among all.
     deadlines : Deadlines
         How long it waits for what.
+    name : str
+        What people call the member, "worker:1"; "member 1" by default.
+    incarnation : int
+        How often it was lost with its worker and replaced.
     """
 
     gang: str
@@ -67,6 +71,8 @@ class MemberSpec:
     payload: Any
     deadlines: Deadlines
     collateral: Callable[[BaseException], bool] = never_collateral
+    name: str = ""
+    incarnation: int = 0
 
 
 class Member(ABC):
@@ -75,8 +81,8 @@ class Member(ABC):
     Attributes
     ----------
     spec : MemberSpec
-    rank, world_size, attempt : int
-    gang, label : str
+    rank, world_size, attempt, incarnation : int
+    gang, label, name : str
     host : str
         The host by which the other workers reach this one.
     """
@@ -87,6 +93,8 @@ class Member(ABC):
         self.label = spec.label
         self.attempt = spec.attempt
         self.rank = spec.rank
+        self.name = spec.name or f"member {spec.rank}"
+        self.incarnation = spec.incarnation
         self.world_size = len(spec.workers)
         self.host: str = host_of(spec.workers[spec.rank])
         self._step = 0
@@ -161,6 +169,10 @@ class Member(ABC):
             raise late_to_start(self.label, self.spec.workers, answer["missing"], deadline)
         who = _named(self.spec.workers, answer["missing"])
         raise GangTimeout(f"{self.label}: member {who} did not come to exchange {self._step} within {deadline:g} s")
+
+    def recall(self) -> list[Any]:
+        """What the members have told each other last, by `exchange`: for one that was not there yet."""
+        return list(self.ask("recall")["payloads"])
 
     # Stopping
 

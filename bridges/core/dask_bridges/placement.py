@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import importlib
 import weakref
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import cloudpickle
@@ -34,6 +33,7 @@ class WorkerInfo:
     nthreads: int
     memory: int
     memory_limit: int
+    resources: dict[str, float] = field(default_factory=dict)
 
     def describe(self) -> str:
         """One line for an error message."""
@@ -52,6 +52,7 @@ async def _workers(client: Client) -> list[WorkerInfo]:
             nthreads=info["nthreads"],
             memory=int(info.get("metrics", {}).get("memory", 0)),
             memory_limit=int(info.get("memory_limit") or 0),
+            resources=dict(info.get("resources") or {}),
         )
         for address, info in identity["workers"].items()
     ]
@@ -118,8 +119,23 @@ def _choose(there: Sequence[WorkerInfo], workers: str | Iterable[str] | None) ->
     return list(dict.fromkeys(by_name[name] for name in wanted))
 
 
-async def check_packages(client: Client, workers: Sequence[str], packages: Sequence[str], remedy: str = "") -> None:
+async def check_packages(
+    client: Client, workers: Sequence[str], packages: Sequence[str], remedy: str = "", *, imports: bool = True
+) -> None:
     """See that the workers have `packages`, in the client's versions. One that has is not asked again.
+
+    Parameters
+    ----------
+    client : Client
+    workers : sequence of str
+        Addresses.
+    packages : sequence of str
+        By the names they are imported under.
+    remedy : str
+        What an error message says beside that a package is to be installed.
+    imports : bool
+        Whether they are imported to find out, which tells most; a framework that lives in child processes
+        only is not.
 
     Raises
     ------
@@ -127,10 +143,10 @@ async def check_packages(client: Client, workers: Sequence[str], packages: Seque
         Naming worker, package, and both versions.
     """
     known = _probed.setdefault(client, {})
-    here = {package: getattr(importlib.import_module(package), "__version__", "") for package in packages}
+    here = _versions_here(tuple(packages), imports)
     new = [w for w in workers if any(known.get((w, p), {}).get("version") != here[p] for p in packages)]
     if new:
-        answers = await client.run(probe.look, tuple(packages), workers=new, on_error="return")
+        answers = await client.run(probe.look, tuple(packages), imports, workers=new, on_error="return")
         for worker, found in answers.items():
             if isinstance(found, Exception):
                 raise PlacementError(f"worker {worker} does not say what is installed there: {found}") from found
@@ -139,6 +155,14 @@ async def check_packages(client: Client, workers: Sequence[str], packages: Seque
     for worker in workers:
         for package in packages:
             _check_one(worker, package, here[package], known[worker, package], remedy)
+
+
+def _versions_here(packages: tuple[str, ...], imports: bool) -> dict[str, str]:
+    found = probe.versions(packages, imports)
+    for package in packages:
+        if error := found[package].get("error"):
+            raise PlacementError(f"{package} cannot be imported here, on the client ({error}): install it")
+    return {package: found[package]["version"] for package in packages}
 
 
 def _check_one(worker: str, package: str, here: str, found: dict[str, Any], remedy: str) -> None:

@@ -7,23 +7,38 @@ from __future__ import annotations
 
 import asyncio
 import importlib
+import importlib.metadata
+import importlib.util
 import sys
 from typing import Any
 
-__all__ = ["look"]
+__all__ = ["look", "versions"]
 
 
-def _versions(packages: tuple[str, ...]) -> dict[str, Any]:
+def versions(packages: tuple[str, ...], imports: bool) -> dict[str, Any]:
+    """For each package its "version" or the "error", and which "python" it was looked for with."""
     found: dict[str, Any] = {"python": sys.executable}
     importlib.invalidate_caches()  # what was missing may have been installed since
     for package in packages:
         try:
-            found[package] = {"version": getattr(importlib.import_module(package), "__version__", "")}
+            found[package] = {"version": _imported(package) if imports else _installed(package)}
         except Exception as error:
             found[package] = {"error": f"{type(error).__name__}: {error}"}
     return found
 
 
-async def look(packages: tuple[str, ...]) -> dict[str, Any]:
-    """Versions (from the modules) of `packages` here, imported in a thread: the event loop stays free."""
-    return await asyncio.to_thread(_versions, packages)
+def _imported(package: str) -> str:
+    return str(getattr(importlib.import_module(package), "__version__", ""))
+
+
+def _installed(package: str) -> str:
+    """The version of a package that may not be imported here."""
+    if importlib.util.find_spec(package) is None:
+        raise ModuleNotFoundError(f"No module named {package!r}", name=package)
+    builds = importlib.metadata.packages_distributions().get(package, [])
+    return importlib.metadata.version(sorted(builds)[0]) if builds else ""
+
+
+async def look(packages: tuple[str, ...], imports: bool = True) -> dict[str, Any]:
+    """`versions` here, found in a thread: the event loop stays free."""
+    return await asyncio.to_thread(versions, packages, imports)

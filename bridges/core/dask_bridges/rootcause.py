@@ -30,8 +30,8 @@ class RootCause:
         What people call the gang.
     futures : sequence of Future
         The members' tasks, by rank.
-    workers : tuple of str
-        Their workers, by rank.
+    workers, names : sequence of str
+        Their workers, and what people call them, by rank.
     events : EventStream
         What the members have said.
     lost : asyncio.Event
@@ -42,7 +42,8 @@ class RootCause:
 
     label: str
     futures: Sequence[Future]
-    workers: tuple[str, ...]
+    workers: Sequence[str]
+    names: Sequence[str]
     events: EventStream
     lost: asyncio.Event
     start_timeout: float
@@ -87,12 +88,14 @@ class RootCause:
         if "lost" in outcome:
             when = "after it had finished" if outcome.startswith("finished") else "while it ran"
             why = reason or "it died or left the cluster. The worker's (or its nanny's) log says why"
-            return MemberLost(f"{self.label}: member {rank} was lost {when}, with its worker {worker}: {why}.", *where)
+            return MemberLost(
+                f"{self.label}: {self.names[rank]} was lost {when}, with its worker {worker}: {why}.", *where
+            )
         original = await self._exception_of(rank)
         if isinstance(original, BridgeError) and not isinstance(original, MemberStopped):
             return original
         told = self._last_words(rank) if original is None else f"{type(original).__name__}: {original}"
-        failed = MemberFailed(f"{self.label}: member {rank} on {worker} raised {told}", *where)
+        failed = MemberFailed(f"{self.label}: {self.names[rank]} on {worker} raised {told}", *where)
         failed.__cause__ = original
         return failed
 
@@ -122,7 +125,7 @@ class RootCause:
         if isinstance(raised, BridgeError):
             return raised
         worker = self.workers[rank]
-        text = f"{self.label}: member {rank} could not start on {worker}: {type(raised).__name__}: {raised}"
+        text = f"{self.label}: {self.names[rank]} could not start on {worker}: {type(raised).__name__}: {raised}"
         failed = MemberFailed(text, rank, worker, host_of(worker))
         failed.__cause__ = raised
         return failed

@@ -25,7 +25,8 @@ from dask_serializers.hooks import activate as models_move
 
 __all__ = ["WorkerMember", "run_member"]
 
-logger = logging.getLogger(__name__)
+#: Below Dask's own, whose lines `Client.get_worker_logs` shows.
+logger = logging.getLogger("distributed.worker.dask_bridges")
 
 
 class WorkerMember(Member):
@@ -48,7 +49,8 @@ class WorkerMember(Member):
     def send(self, message: dict[str, Any]) -> None:
         """Send an event, as plain data; a line for people goes to the worker's log as well."""
         if message["event"] == "Log":
-            logger.log(message["level"], "[gang %s rank %d] %s", self.gang, self.rank, message["text"])
+            for line in message["text"].splitlines():
+                logger.log(message["level"], "[gang %s %s] %s", self.gang, self.name, line)
         self.worker.log_event(topic_of(self.gang), message)
 
     def ask(self, method: str, **request: Any) -> dict[str, Any]:
@@ -125,16 +127,17 @@ def run_member(spec: MemberSpec) -> Any:
     member = WorkerMember(spec, worker)
     with _registered(member):
         member.outcome = "failed"  # where the answer is lost too: it may hold its place
-        answer = member.ask("present", worker=worker.address)
+        answer = member.ask("present", worker=worker.address, incarnation=spec.incarnation)
         if refused := answer.get("refused"):
             member.outcome = ""
-            raise StaleMember(f"{spec.label}: member {spec.rank} may not run here: {refused}")
+            raise StaleMember(f"{spec.label}: {member.name} may not run here: {refused}")
         return _run_accepted(member)
 
 
 def _run_accepted(member: WorkerMember) -> Any:
     try:
-        member.exchange()
+        if not member.incarnation:  # the peers of a later one run already
+            member.exchange()
         member.emit(Started, worker=member.worker.address, host=member.host)
         result = member.spec.function(member, member.spec.payload)
         member.emit(Finished)
@@ -149,5 +152,5 @@ def _run_accepted(member: WorkerMember) -> Any:
 
 def _guarded(member: WorkerMember, error: BaseException) -> MemberFailed:
     """SystemExit must not leave the task: it would end the worker, and then the next, as Dask retries."""
-    text = f"{member.label}: member {member.rank} raised {type(error).__name__}({error})"
+    text = f"{member.label}: {member.name} raised {type(error).__name__}({error})"
     return MemberFailed(text, member.rank, member.worker.address, member.host)

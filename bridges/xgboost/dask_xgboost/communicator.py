@@ -16,31 +16,16 @@ from xgboost.core import XGBoostError
 from xgboost.tracker import RabitTracker
 
 from dask_bridges.errors import PlacementError
+from dask_bridges.ports import port_range
 from dask_bridges.task import WorkerMember
 from dask_xgboost.sockets import CollectiveSockets, shut_down_port
 
-__all__ = ["capture_log", "communicator", "is_collective_error", "port_range"]
+__all__ = ["capture_log", "communicator", "is_collective_error"]
 
 
 def is_collective_error(error: BaseException) -> bool:
     """Whether XGBoost raised because a peer was gone, so that the cause is elsewhere."""
     return isinstance(error, XGBoostError) and ("collective/" in str(error) or "all reduce" in str(error).lower())
-
-
-def port_range(port: int | str | tuple[int, int]) -> range:
-    """Ports to try, in order: of 9000, "9000", "9000:9010" (both included), or 0 for any.
-
-    >>> list(port_range("9000:9002"))
-    [9000, 9001, 9002]
-    """
-    first, _, last = str(port).partition(":") if not isinstance(port, tuple) else (port[0], "", port[1])
-    try:
-        ports = range(int(first), int(last or first) + 1)
-    except ValueError:
-        ports = range(0)
-    if not ports or ports[0] < 0 or ports[-1] > 65535:
-        raise ValueError(f'tracker_port={port!r}: pass a port, or a range such as "9000:9010"')
-    return ports
 
 
 @contextlib.contextmanager
@@ -125,14 +110,14 @@ def communicator(member: WorkerMember, host: str | None, port: int | str | tuple
     host : str or None
         Where the tracker listens; None for the address of rank 0's worker.
     port : int, str or tuple
-        See `port_range`.
+        See `dask_bridges.ports.port_range`.
     """
     if member.world_size == 1:
         yield
         return
     tracker, sockets = None, CollectiveSockets(member.spec.workers)
     if member.rank == 0:
-        tracker = _Tracker(member.world_size, host or member.host, port_range(port))
+        tracker = _Tracker(member.world_size, host or member.host, port_range(port, "tracker_port"))
         member.on_stop(tracker.free)
     try:
         with member.span("communicate"):

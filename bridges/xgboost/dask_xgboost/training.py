@@ -15,9 +15,10 @@ from distributed import Client
 from dask_bridges import clients, config, placement
 from dask_bridges.errors import DataError
 from dask_bridges.gang import Gang, GangPlan
+from dask_bridges.ports import port_range
 from dask_bridges.ui.progress import ProgressBar, wants_bar
 from dask_xgboost import checks
-from dask_xgboost.communicator import is_collective_error, port_range
+from dask_xgboost.communicator import is_collective_error
 from dask_xgboost.dmatrix import PACKAGES, DMatrix, MatrixOptions, _label, place, prepare
 from dask_xgboost.rank import Loop, TrainResult, TrainSpec, train_rank
 from dask_xgboost.report import RoundPrinter
@@ -175,7 +176,7 @@ def train(
         tracker_host=config.get("xgboost.tracker-host", tracker_host),
         tracker_port=config.get("xgboost.tracker-port", tracker_port),
     )
-    port_range(loop.tracker_port)
+    port_range(loop.tracker_port, "tracker_port")
     if early_stopping_rounds and not evals:
         raise DataError("early_stopping_rounds needs rows to look at: pass evals=[(what, name)]")
     training = _Training(

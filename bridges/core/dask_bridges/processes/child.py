@@ -3,12 +3,13 @@
 What it says to its host, the member in the worker: ``("event", message)``,
 ``("ask", number, method, request)``, ``("alive",)``, and last ``("result",
 pickle)``, ``("raised", pickled exception, pickled traceback)``, ``("exited",
-text)`` or ``("stopped", reason)``. What it is told: ``("stop", reason)`` and ``("answer", number, answer)``.
+text)`` or ``("stopped", reason)``. What it is told: ``("stop", reason)``,
+``("answer", number, answer)``, and ``("call", number, pickle)``, to which it says
+``("answer", number, …)`` with words like its last.
 """
 
 from __future__ import annotations
 
-import ctypes
 import faulthandler
 import itertools
 import os
@@ -59,6 +60,13 @@ class ChildMember(Member):
         self.say("ask", number, method, request)
         return answer.get()
 
+    def leave(self) -> None:
+        """End this process at once, as a member that was asked to stop; other threads and what they hold are left."""
+        self.say("stopped", self.stopping or "")
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
+
     def live(self) -> None:
         """Listen to the host and give signs of life, on threads of their own."""
         for work in (self._listen, self._beat):
@@ -72,8 +80,19 @@ class ChildMember(Member):
                         self.stop(reason)
                     case ("answer", number, answer):
                         self._answers.pop(number).put(answer)
+                    case ("call", number, call):
+                        threading.Thread(target=self._call, args=(number, call), daemon=True).start()
         except (EOFError, OSError):  # the worker is gone
             os.killpg(0, signal.SIGKILL)
+
+    def _call(self, number: int, call: bytes) -> None:
+        """Do what the host asks for meanwhile."""
+        try:
+            function, args, kwargs = pickle.loads(call)
+            words = ("result", dumps(function(*args, **kwargs)))
+        except BaseException as error:
+            words = _raised(error)
+        self.say("answer", number, *words)
 
     def _beat(self) -> None:
         pause = min(BEAT, BEATS * self.spec.deadlines.hang_timeout)
@@ -82,9 +101,8 @@ class ChildMember(Member):
             self.say("alive")
 
 
-def main(pipe: Connection, parent: int) -> None:
+def main(pipe: Connection) -> None:
     """Run what the pipe brings."""
-    _die_with(parent)
     faulthandler.enable()
     try:
         spec: MemberSpec = pickle.loads(pipe.recv_bytes())
@@ -110,11 +128,3 @@ def _raised(error: BaseException) -> tuple[Any, ...]:
     message = error_message(error)
     traceback = message["traceback"]
     return "raised", message["exception"].data, traceback and traceback.data
-
-
-def _die_with(parent: int) -> None:
-    """Have the kernel kill this process when the thread that started it ends; Linux only."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-        if os.getppid() != parent:
-            os.killpg(0, signal.SIGKILL)

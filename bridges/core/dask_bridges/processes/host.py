@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import pickle
 import signal
-import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from concurrent import futures
 from dataclasses import replace
 from multiprocessing import Pipe
 from pathlib import Path
@@ -21,37 +22,42 @@ from distributed.core import clean_exception
 from distributed.protocol.pickle import dumps
 
 from dask_bridges.errors import MemberFailed, MemberLost, MemberStopped
-from dask_bridges.member import Member
+from dask_bridges.events import Log
 from dask_bridges.processes.child import BEAT, BEATS
+from dask_bridges.processes.forkserver import Environment, Process, fork_server
+from dask_bridges.processes.output import Output
+from dask_bridges.task import WorkerMember
 from dask_bridges.watchdog import HOLD, time_used
 
-__all__ = ["run_in_child"]
+__all__ = ["Child", "run_in_child"]
 
-#: The child's first lines. It finds what its worker finds, whatever has changed `sys.path` there.
-_START = """
-import sys
-from multiprocessing.connection import Connection
-pipe = Connection(int(sys.argv[1]))
-sys.path[:] = pipe.recv()
-from dask_bridges.processes.child import main
-main(pipe, int(sys.argv[2]))
-"""
+#: Seconds that a fork server may take to see to a killing; then it is killed itself.
+KILLING = 5.0
 
 
-def run_in_child(member: Member, function: Callable[[Any, Any], Any], payload: Any) -> Any:
+def run_in_child(
+    member: WorkerMember,
+    function: Callable[[Any, Any], Any],
+    payload: Any,
+    environment: Environment = Environment(),  # noqa: B008 - frozen
+) -> Any:
     """Run ``function(member, payload)`` in a child process of this worker.
 
     Called in a member's own function, with what that got; in the child, `member`
     is a `ChildMember` of the same gang and rank. The child is asked to stop when
-    the member is, and killed where it does not; it dies with its worker.
+    the member is, and killed where it does not; it dies with its worker. What it
+    writes to its standard output and error goes to the worker's log and to the
+    gang's events.
 
     Parameters
     ----------
-    member : Member
+    member : WorkerMember
     function : callable
         Module-level.
     payload : object
         Anything that can be pickled.
+    environment : Environment
+        What the child finds imported.
 
     Returns
     -------
@@ -60,6 +66,10 @@ def run_in_child(member: Member, function: Callable[[Any, Any], Any], payload: A
 
     Raises
     ------
+    NotImplementedError
+        On other systems than Linux.
+    PlacementError
+        If the modules of the environment cannot be imported.
     MemberLost
         If the process ended without a result: it crashed, was killed or frozen, or called `os._exit`.
     MemberFailed
@@ -67,50 +77,119 @@ def run_in_child(member: Member, function: Callable[[Any, Any], Any], payload: A
     Exception
         Whatever else the function raised, with its traceback.
     """
-    if sys.platform != "linux":
-        raise NotImplementedError("members in child processes need Linux; run this member in its worker's process")
-    child = _Child(member)
-    try:
-        return child.run(dumps(replace(member.spec, function=function, payload=payload)))
-    finally:
-        child.end()
+    with Child(member, environment) as child:
+        return child.run(function, payload)
 
 
-class _Child:
-    """One child process, from its start to its end."""
+class Child:
+    """One child process, from its start to its end; a context manager that sees to the end.
 
-    def __init__(self, member: Member) -> None:
+    Parameters
+    ----------
+    member : WorkerMember
+    environment : Environment
+    descriptors : mapping of int to int
+        Descriptors of this process that the child gets, by their numbers there.
+
+    Attributes
+    ----------
+    pid : int
+    """
+
+    def __init__(
+        self,
+        member: WorkerMember,
+        environment: Environment = Environment(),  # noqa: B008 - frozen
+        descriptors: Mapping[int, int] | None = None,
+    ) -> None:
+        if sys.platform != "linux":
+            raise NotImplementedError(
+                f"{member.label} needs child processes, which run on Linux only: start the Dask workers there "
+                "(on Windows in WSL, on macOS in a container)"
+            )
         self.member = member
         self._limits = member.spec.deadlines
         self._sending = threading.Lock()
         self._heard = 0  # how often the child gave a sign of life
         self._deadline = float("inf")
-        self._killed_because = ""
+        self._killed_because, self._killed_at = "", float("inf")
         self._killings = _killings_for_memory()
+        self._working = threading.Event()  # the child has its work, or never will
+        self._numbers = itertools.count()
+        self._calls: dict[int, futures.Future[tuple[Any, ...]]] = {}
+        self._output = Output(self._pass_on)
         self._pipe, theirs = Pipe()
-        with theirs:
-            command = [sys.executable, "-c", _START, str(theirs.fileno()), str(os.getpid())]
-            # In a session of its own: Ctrl-C in a terminal is for the client to see to.
-            self._process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, pass_fds=[theirs.fileno()], start_new_session=True
-            )
-        self._watch = threading.Thread(target=self._watch_over, name=f"child-{self._process.pid}", daemon=True)
+        numbers = dict(descriptors or {})
+        try:
+            server = fork_server(member.worker, environment)
+            asked = server.fork([theirs.fileno(), *self._output.theirs, *numbers.values()])
+        finally:
+            theirs.close()
+            self._output.started()
+        self._setting = (sys.path, server.variables, os.getcwd(), tuple(numbers))
+        try:
+            self._process = _unless_stopped(member, asked)
+        except BaseException:
+            self._pipe.close()
+            self._output.end()
+            raise
+        self.pid = self._process.pid
+        self._watch = threading.Thread(target=self._watch_over, name=f"child-{self.pid}", daemon=True)
         self._watch.start()
+
+    def __enter__(self) -> Child:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.end()
 
     # Serving
 
-    def run(self, work: bytes) -> Any:
-        """Send the work, serve the child until it has ended, and give its result."""
+    def run(self, function: Callable[[Any, Any], Any], payload: Any) -> Any:
+        """Have the child run ``function(member, payload)``, serve it until it has ended, and give the result."""
+        work = dumps(replace(self.member.spec, function=function, payload=payload))
         last: tuple[Any, ...] = ()
         with contextlib.suppress(EOFError, OSError):  # it has ended, however
-            self._pipe.send(sys.path)
+            self._pipe.send(self._setting)
             self._pipe.send_bytes(work)
+            self._working.set()
             self.member.on_stop(self._stop)  # not before: the child reads its work first
             while not last:
                 last = self._serve(self._pipe.recv())
             self._finish_by(time.monotonic() + self._limits.child_stop_timeout)
         self._watch.join()
+        self._output.end()
+        self._end_calls()
         return self._outcome(last)
+
+    def call(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Have the running child call `function` on a thread of its own; from any thread."""
+        return self.call_pickled(dumps((function, args, kwargs)))
+
+    def call_pickled(self, call: bytes) -> Any:
+        """`call` of a function, arguments and keyword arguments that only the child opens.
+
+        Raises
+        ------
+        MemberLost
+            If the child ends before it has answered.
+        Exception
+            What the function raised.
+        """
+        number, answer = next(self._numbers), futures.Future[tuple[Any, ...]]()
+        self._working.wait()
+        self._calls[number] = answer
+        self._say("call", number, call)
+        if self._process.ended.done():
+            self._end_calls()
+        return self._outcome(answer.result())
+
+    def _end_calls(self) -> None:
+        """Nobody answers any more."""
+        self._working.set()
+        while self._calls:
+            _, answer = self._calls.popitem()
+            answer.set_result(())
 
     def _serve(self, words: tuple[Any, ...]) -> tuple[Any, ...]:
         """Do what the child says; its last words are given back."""
@@ -122,6 +201,8 @@ class _Child:
                 self.member.send(message)
             case ("ask", number, method, request):
                 threading.Thread(target=self._answer, args=(number, method, request), daemon=True).start()
+            case ("answer", number, *answer):
+                self._calls.pop(number).set_result(tuple(answer))
             case _:
                 return words
         return ()
@@ -137,6 +218,11 @@ class _Child:
         with contextlib.suppress(OSError), self._sending:
             self._pipe.send(words)
 
+    def _pass_on(self, stream: str, text: str) -> None:
+        self.member.emit(Log, text=text, stream=stream)
+
+    # What came of it
+
     def _outcome(self, last: tuple[Any, ...]) -> Any:
         member = self.member
         where = (member.rank, member.spec.workers[member.rank], member.host)
@@ -149,18 +235,21 @@ class _Child:
             case ("stopped", reason):
                 raise MemberStopped(reason)
             case ("exited", text):
-                raise MemberFailed(f"{member.label}: member {member.rank} raised {text}", *where)
+                raise MemberFailed(f"{member.label}: {member.name} raised {text}", *where)
         if member.stopping and self._killed_because == member.stopping:
             raise MemberStopped(member.stopping)
+        said = self._output.last_lines
         raise MemberLost(
-            f"{member.label}: member {member.rank} was lost, with its process {self._process.pid} on "
-            f"{where[1]}: {self._how_it_ended()}. The worker's log may say more.", *where
+            f"{member.label}: {member.name} was lost, with its process {self.pid} on {where[1]}: "
+            f"{self._how_it_ended()}." + (f" It said last:\n{said}" if said else ""), *where
         )  # fmt: skip
 
     def _how_it_ended(self) -> str:
-        code = self._process.returncode
         if self._killed_because:
             return self._killed_because
+        code = self._process.ended.result()
+        if code is None:
+            return "the fork server of its worker was killed, and it with it"
         if code >= 0:
             return f"it ended without a result, with exit code {code}, as after os._exit({code})"
         name = signal.Signals(-code).name
@@ -186,22 +275,18 @@ class _Child:
             quiet = quiet + passed if used == now_used else 0.0
             heard, used = self._heard, now_used
             if silence >= self._limits.hang_timeout and quiet >= HOLD * self._limits.hang_timeout:
-                self._kill(f"it was frozen: no heartbeat for {silence:.0f} s and no processor time used")
+                self.kill(f"it was frozen: no heartbeat for {silence:.0f} s and no processor time used")
             elif now >= self._deadline:
-                self._kill(self.member.stopping or "it did not exit")
-        with contextlib.suppress(ProcessLookupError, PermissionError):  # what it has started itself
-            os.killpg(self._process.pid, signal.SIGKILL)
+                self.kill(self.member.stopping or "it did not exit")
+            if now >= self._killed_at + KILLING:
+                self._process.server.end()
 
     def _ended(self, pause: float) -> bool:
-        try:
-            self._process.wait(pause)
-        except subprocess.TimeoutExpired:
-            return False
-        return True
+        return bool(futures.wait([self._process.ended], pause).done)
 
     def _time_used(self) -> float:
         try:
-            return time_used(self._process.pid)
+            return time_used(self.pid)
         except (OSError, psutil.Error):  # it has just ended
             return -1.0
 
@@ -213,16 +298,36 @@ class _Child:
     def _finish_by(self, deadline: float) -> None:
         self._deadline = min(self._deadline, deadline)
 
-    def _kill(self, reason: str) -> None:
+    def kill(self, reason: str) -> None:
+        """End it at once; `reason` is what is said of its loss."""
         if not self._killed_because:
-            self._killed_because = reason
+            self._killed_because, self._killed_at = reason, time.monotonic()
             self._process.kill()
 
     def end(self) -> None:
         """See to it that the child is gone."""
-        self._kill("its member has ended")
+        self.kill("its member has ended")
         self._watch.join()
+        self._output.end()
+        self._end_calls()
         self._pipe.close()
+
+
+def _unless_stopped(member: WorkerMember, asked: futures.Future[Process]) -> Process:
+    """Wait for a child, as long as its member goes on."""
+    stopped = futures.Future[Any]()
+    member.on_stop(lambda: stopped.set_result(None))
+    futures.wait([asked, stopped], return_when=futures.FIRST_COMPLETED)
+    if not asked.done():
+        asked.add_done_callback(_kill_late)
+        raise MemberStopped(member.stopping or "")
+    return asked.result()
+
+
+def _kill_late(asked: futures.Future[Process]) -> None:
+    """A child that nobody waits for any more has come."""
+    if asked.exception() is None:
+        asked.result().kill()
 
 
 def _killings_for_memory() -> int:

@@ -10,6 +10,7 @@ from typing import Any
 from distributed import Client, Worker
 
 from dask_bridges import task, turns
+from dask_bridges.processes import forkserver
 
 __all__ = ["footprint", "leftovers", "wait_until_free", "wait_until_same"]
 
@@ -83,7 +84,7 @@ def _footprint_here(dask_worker: Worker) -> dict[str, Any]:
         "task threads": max(0, sum(n.startswith("Dask-Default-Threads") for n in names) - dask_worker.state.nthreads),
         "stopping threads": [n for n in names if n.startswith("stop-")],
         "ports": sorted(c.laddr.port for c in process.net_connections("tcp") if c.status == psutil.CONN_LISTEN),
-        "children": sorted(child.pid for child in process.children(recursive=True)),
+        "children": sorted({child.pid for child in process.children(recursive=True)} - forkserver.servers(dask_worker)),
     }
 
 

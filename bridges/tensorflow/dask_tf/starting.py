@@ -1,0 +1,147 @@
+"""What `start_tensorflow` finds out before anything starts: where the tasks go, and what they are told."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from distributed import Client
+
+from dask_bridges import placement
+from dask_bridges.errors import PlacementError
+from dask_bridges.gang import GangPlan
+from dask_bridges.placement import WorkerInfo
+from dask_bridges.ports import port_range
+from dask_bridges.processes import Environment
+from dask_tf.hosting import host_task
+from dask_tf.roles import ESSENTIAL, RoleSpec, Task, assign, parse_roles, per_role
+
+__all__ = ["LABEL", "Start", "plan"]
+
+LABEL = "TensorFlow cluster"
+
+#: TensorFlow's C++ code is quiet unless the caller's environment says otherwise.
+QUIET = {"TF_CPP_MIN_LOG_LEVEL": "3", "GRPC_VERBOSITY": "ERROR"}
+
+
+@dataclass(frozen=True)
+class Start:
+    """What `start_tensorflow` was asked for; see there."""
+
+    counts: Mapping[str, Any]
+    workers: str | Sequence[str] | None = None
+    resources: Mapping[str, Any] | None = None
+    gpus: Mapping[str, Any] | None = None
+    host: str | Mapping[str, str] | None = None
+    ports: Any = 0
+    threads: Any = None
+    share: bool = False
+    servers: bool | Sequence[str] | None = None
+    environment: Mapping[str, str] | None = None
+    timeout: float | str | None = None
+    allow_plaintext: bool | None = None
+
+    def check(self) -> None:
+        """Refuse what can be seen to be wrong without a cluster."""
+        if sys.platform == "win32":
+            raise NotImplementedError("TensorFlow clusters need Dask workers on Linux, and a client that is no Windows")
+        if self.gpus:
+            raise NotImplementedError(
+                f"gpus={dict(self.gpus)!r}: tasks that own GPUs are not there yet; choose the Dask workers by "
+                "workers= or resources=, and the devices by environment={'CUDA_VISIBLE_DEVICES': …}"
+            )
+        parse_roles(self.counts, 1)
+        for role in self.counts:
+            port_range(per_role(self.ports, role, 0), "ports")
+            threads = per_role(self.threads, role)
+            if threads is not None and (not isinstance(threads, int) or threads < 1):
+                raise ValueError(f"threads={self.threads!r}: pass a number of threads of 1 or more, or one by role")
+
+
+async def plan(client: Client, start: Start) -> tuple[tuple[Task, ...], GangPlan]:
+    """The tasks, and the gang that they are the members of.
+
+    Raises
+    ------
+    PlacementError
+        If there are too few workers, or one lacks TensorFlow or has another version.
+    """
+    placement.refuse_plaintext(client, start.allow_plaintext, "TensorFlow's traffic")
+    workers = await placement.usable_workers(client, start.workers)
+    workers = _with_resources(workers, start.resources)
+    tasks = parse_roles(start.counts, len(workers))
+    places = assign(tasks, [worker.address for worker in workers], start.share)
+    await placement.check_packages(client, sorted(set(places)), ["dask_bridges"])
+    await placement.check_packages(
+        client, sorted(set(places)), ["tensorflow", "keras"], ': pip install "dask-bridges[tensorflow]"', imports=False
+    )
+    environment = _environment(start.environment)
+    specs = [
+        RoleSpec(
+            tasks=tasks,
+            serves=_serves(task, tasks, start.servers),
+            threads=per_role(start.threads, task.role),
+            host=per_role(start.host, task.role),
+            ports=port_range(per_role(start.ports, task.role, 0), "ports"),
+            replaceable=task.role not in ESSENTIAL,
+            environment=environment,
+        )
+        for task in tasks
+    ]
+    return tasks, GangPlan(
+        LABEL,
+        host_task,
+        specs,
+        places,
+        exclusive=False,
+        timeout=start.timeout,
+        names=[task.name for task in tasks],
+        replaceable=[rank for rank, spec in enumerate(specs) if spec.replaceable],
+    )
+
+
+def _with_resources(workers: Sequence[WorkerInfo], resources: Mapping[str, Any] | None) -> list[WorkerInfo]:
+    """The workers that have the Dask resources that every task needs."""
+    wanted = dict(resources or {})
+    fit = [w for w in workers if all(w.resources.get(name, 0) >= amount for name, amount in wanted.items())]
+    if not fit:
+        there = "\n  ".join(f"{worker.address}: {worker.resources or 'none'}" for worker in workers)
+        raise PlacementError(f"no Dask worker has the resources {wanted}; there are:\n  {there}")
+    return fit
+
+
+def _serves(task: Task, tasks: Sequence[Task], servers: bool | Sequence[str] | None) -> bool:
+    """Whether a task gets a `tf.distribute.Server`: those that a parameter-server coordinator connects to do."""
+    if servers is None:
+        return task.role in ("ps", "worker") and any(other.role == "ps" for other in tasks)
+    return servers if isinstance(servers, bool) else task.role in servers
+
+
+def _environment(variables: Mapping[str, str] | None) -> Environment:
+    asked = {name: os.environ[name] for name in QUIET if name in os.environ}
+    settings = {
+        "KERAS_BACKEND": _backend(),
+        "TF_GRPC_REUSE_PORT": "1",  # its Dask worker holds the port
+        **QUIET,
+        **asked,
+        **(variables or {}),
+    }
+    return Environment(("tensorflow", "keras"), tuple(sorted(settings.items())))
+
+
+def _backend() -> str:
+    """The Keras backend of this process, whether or not Keras is imported."""
+    if "keras" in sys.modules:
+        return str(sys.modules["keras"].backend.backend())
+    if "KERAS_BACKEND" in os.environ:
+        return os.environ["KERAS_BACKEND"]
+    file = Path(os.environ.get("KERAS_HOME", Path.home() / ".keras")) / "keras.json"
+    try:
+        return str(json.loads(file.read_text())["backend"])
+    except (OSError, ValueError, KeyError):
+        return "tensorflow"
