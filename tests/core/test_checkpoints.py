@@ -430,11 +430,11 @@ def test_readers_beside_writers_always_get_a_whole_one(tmp_path: Path, caplog: p
 
 
 def test_one_of_the_writers_of_a_step_wins_and_readers_never_notice(tmp_path: Path) -> None:
-    names = [f"part-{number}" for number in range(20)]
+    names = [f"part-{number}" for number in range(10)]
     stop = threading.Event()
 
     def write(writer: int) -> None:
-        for _ in range(15):
+        for _ in range(8):
             Checkpoints(tmp_path).save(1, {name: bytes([writer]) for name in names}, {"writer": writer})
 
     def read() -> int:

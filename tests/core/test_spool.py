@@ -468,6 +468,7 @@ def test_many_threads_write_one_feed(make: Callable[..., Spool]) -> None:
 
 @pytest.mark.parametrize("umask", [0, 0o077, 0o777])
 def test_all_is_private_to_the_user(make: Callable[..., Spool], places: tuple[Path, Path], umask: int) -> None:
+    places[1].mkdir()
     before = os.umask(umask)
     try:
         spool: Spool = make(budget=lambda: 100 - spool.nbytes)
@@ -493,11 +494,13 @@ def test_a_home_that_is_a_link_is_refused(make: Callable[..., Spool], places: tu
     (places[0] / home_name()).unlink()
 
 
-@pytest.mark.skipif(sys.platform != "linux" or os.geteuid() != 0, reason="only root gives folders to others")
 def test_a_home_of_another_user_is_refused(make: Callable[..., Spool], places: tuple[Path, Path]) -> None:
     (places[0] / home_name()).mkdir(0o777)
-    os.chown(places[0] / home_name(), 12345, 12345)
-    with pytest.raises(BridgeError, match=r"not a folder of user 0"):
+    try:
+        os.chown(places[0] / home_name(), 12345, 12345)
+    except PermissionError as error:
+        pytest.skip(f"no folder can be given to another user: {error}")
+    with pytest.raises(BridgeError, match=r"not a folder of user \d+"):
         make()
 
 

@@ -189,6 +189,14 @@ def test_a_window_mixes_rows_of_several_partitions(tf: Any, fed: Callable[..., F
     assert neighbours < 0.15
 
 
+def test_every_window_has_an_order_of_its_own(tf: Any, fed: Callable[..., Feed]) -> None:
+    feed = fed(numbered([256]), chunk_rows=64)
+    order = np.array(rows_of(dataset(*feed, 64, shuffle=True, window_bytes=64 * feed[1].row_bytes)))
+    windows = order.reshape(4, 64)
+    assert [len(set(window // 64)) for window in windows] == [1] * 4
+    assert len({tuple(window % 64) for window in windows}) == 4
+
+
 def test_default_windows_are_bounded_at_both_ends(tf: Any) -> None:
     from dask_tf.datasets import _window_rows
 
@@ -286,7 +294,7 @@ os._exit(0)
 """
 
 _COORDINATOR = """
-import json, os, pickle, sys
+import json, os, pickle, sys, traceback
 import tensorflow as tf
 from dask_tf.datasets import dataset
 
@@ -330,15 +338,17 @@ def ended():
     except tf.errors.OutOfRangeError:
         return True
 
-print(json.dumps({
-    "plain": rows(6, "train"),
-    "shuffled": rows(6, "train", shuffle=True, seed=5, repeat=2),
-    "none": rows(1, "empty", shuffle=True, repeat=None),
-    "ended": ended(),
-    "after": rows(6, "train"),
-}))
-sys.stdout.flush()
-os._exit(0)
+try:
+    print(json.dumps({
+        "plain": rows(6, "train"),
+        "shuffled": rows(6, "train", shuffle=True, seed=5, repeat=2),
+        "none": rows(1, "empty", shuffle=True, repeat=None),
+        "ended": ended(),
+        "after": rows(6, "train"),
+    }), flush=True)
+except BaseException:
+    traceback.print_exc()
+os._exit(0)  # a coordinator does not end by itself
 """
 
 
@@ -355,7 +365,7 @@ def test_one_graph_is_read_in_the_process_of_a_parameter_servers_worker(
         def start(code: str, *arguments: str) -> subprocess.Popen[bytes]:
             script = tmp_path / f"{len(code)}.py"  # a file, since AutoGraph reads its source
             script.write_text(code)
-            environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "GRPC_ENABLE_FORK_SUPPORT": "0"}
+            environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
             process = stack.enter_context(
                 subprocess.Popen(
                     [sys.executable, str(script), *arguments],

@@ -33,7 +33,7 @@ class WorkerInfo:
     nthreads: int
     memory: int
     memory_limit: int
-    resources: dict[str, float] = field(default_factory=dict)
+    resources: dict[str, float] = field(default_factory=dict, hash=False)
 
     def describe(self) -> str:
         """One line for an error message."""

@@ -31,6 +31,9 @@ __all__ = ["TensorFlowCluster", "start_tensorflow"]
 
 logger = logging.getLogger(__name__)
 
+#: Seconds until it is known whether the loss of a task has ended the cluster.
+CAUSE = 2.0
+
 
 def start_tensorflow(
     client: Client | None = None,
@@ -130,6 +133,7 @@ def start_tensorflow(
 async def _start(client: Client, start: Start) -> TensorFlowCluster:
     tasks, gang_plan = await plan(client, start)
     cluster = TensorFlowCluster(client, Gang(client, gang_plan), tasks)
+    cluster._asked = len(tasks) if start.counts.get("chief") else len([t for t in tasks if t.role != "chief"])
     try:
         await cluster._until_up()
     except BaseException:
@@ -157,10 +161,12 @@ class TensorFlowCluster:
         self.tasks = tasks
         self.events: EventStream = gang.events
         self._gang = gang
+        self._asked = len(tasks)  # the coordinator that nobody asked for comes last
         self._up: dict[int, RoleUp] = {}
         self._downs = dict.fromkeys(range(len(tasks)), 0)
         self._changed = asyncio.Event()
         self._feedings: dict[str, Feeding] = {}
+        self._used: set[int] = set()  # tasks whose process has been a coordinator
         self._refeeding: set[asyncio.Task[None]] = set()
         self.events.listen(self._notice)
         self._running = asyncio.ensure_future(gang.run())
@@ -174,13 +180,13 @@ class TensorFlowCluster:
         elif isinstance(event, RoleDown) or (isinstance(event, Lost) and event.replaceable):
             self._up.pop(event.rank, None)
             self._downs[event.rank] += 1
-            if isinstance(event, RoleDown):
+            if isinstance(event, RoleDown) and not event.wanted:
                 logger.warning("[gang %s] %s, and starts again", self.id, event.reason)
         elif isinstance(event, RoleEmpty):
             work = asyncio.ensure_future(self._refeed(event.rank))
             self._refeeding.add(work)
             work.add_done_callback(self._refeeding.discard)
-        self._changed.set()
+        self._tell_change()
 
     async def _refeed(self, rank: int) -> None:
         """Give a task that was lost with its Dask worker what it had, and let it start."""
@@ -194,7 +200,7 @@ class TensorFlowCluster:
 
     def _ended(self, running: asyncio.Future[Any]) -> None:
         self._up.clear()
-        self._changed.set()
+        self._tell_change()
         if running.cancelled() or self.client.status != "running":
             return
         if (error := running.exception()) is not None:
@@ -207,13 +213,20 @@ class TensorFlowCluster:
             async with asyncio.timeout(limit):
                 while len(self._up) < len(self.tasks):
                     self._check()
-                    self._changed.clear()
-                    await self._changed.wait()
+                    await self._change()
         except TimeoutError:
             late = [task.name for rank, task in enumerate(self.tasks) if rank not in self._up]
             raise GangTimeout(
                 f"{LABEL}: {', '.join(late)} was not up after {limit:g} s; raise dask-bridges.start-timeout"
             ) from None
+
+    def _tell_change(self) -> None:
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    async def _change(self) -> None:
+        """Wait until something changes."""
+        await self._changed.wait()
 
     def _check(self) -> None:
         """Raise why it has ended, if it has."""
@@ -223,6 +236,21 @@ class TensorFlowCluster:
             raise MemberLost(f"{LABEL}: it was closed")
         error = self._running.exception()
         raise error if error is not None else MemberLost(f"{LABEL}: its tasks have ended")
+
+    @property
+    def _alive(self) -> bool:
+        return not self._running.done() and bool(self.client.status == "running")
+
+    async def _cause(self, lost: MemberLost) -> BaseException:
+        """Why a call was lost: what has ended the cluster, if something has."""
+        await asyncio.wait({self._running}, timeout=CAUSE)
+        if self._running.done() and not self._running.cancelled():
+            return self._running.exception() or lost
+        return lost
+
+    def _log(self, text: str) -> None:
+        """Tell people what happens; the gang writes it to the client's log."""
+        self.events.publish(Log(gang=self.id, text=text, level=logging.WARNING))
 
     def close(self) -> Any:
         """End all its processes; they are gone when this returns."""
@@ -259,20 +287,18 @@ class TensorFlowCluster:
 
     @property
     def tf_spec(self) -> ClusterSpec:
-        """Addresses of all tasks, by role."""
-        by_role: dict[str, list[str]] = {}
-        for rank, task in enumerate(self.tasks):
-            up = self._up.get(rank)
-            by_role.setdefault(task.role, []).append(up.address if up else "")
-        return ClusterSpec(by_role)
+        """Addresses of the tasks that were asked for, by role."""
+        return ClusterSpec(self._by_role("address"))
 
     @property
     def dask_spec(self) -> dict[str, list[str]]:
-        """Addresses of the tasks' Dask workers, by role."""
+        """Addresses of their Dask workers, by role."""
+        return self._by_role("worker")
+
+    def _by_role(self, what: str) -> dict[str, list[str]]:
         by_role: dict[str, list[str]] = {}
-        for rank, task in enumerate(self.tasks):
-            up = self._up.get(rank)
-            by_role.setdefault(task.role, []).append(up.worker if up else "")
+        for rank, task in enumerate(self.tasks[: self._asked]):
+            by_role.setdefault(task.role, []).append(getattr(self._up.get(rank), what, ""))
         return by_role
 
     def __iter__(self) -> Iterator[Any]:
@@ -420,7 +446,15 @@ class TensorFlowCluster:
         return {name: feeding.feed for name, feeding in self._feedings.items() if feeding.feed is not None}
 
     def unfeed(self, name: str) -> Any:
-        """Remove what was fed under a name, and free its memory."""
+        """Remove what was fed under a name, and free its memory.
+
+        Raises
+        ------
+        DataError
+            If nothing was.
+        """
+        if name not in self._feedings:
+            raise DataError(f"nothing was fed under the name {name!r} (there is {list(self._feedings)})")
         return clients.call(self.client, self._unfeed, name)
 
     async def _unfeed(self, name: str) -> None:
@@ -438,8 +472,7 @@ class TensorFlowCluster:
         await self._call(rank, hosting.restart_task)
         while rank not in self._up or self._up[rank].start <= start:
             self._check()
-            self._changed.clear()
-            await self._changed.wait()
+            await self._change()
 
     def _place(self, rank: int) -> str:
         """The Dask worker of a task."""

@@ -39,8 +39,9 @@ class Spooled(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class RoleDown(Event):
-    """A task's process is gone, and is started again."""
+    """A task's process is gone, and is started again; `wanted` where somebody asked for that."""
 
     role: str
     index: int
     reason: str
+    wanted: bool = False

@@ -90,12 +90,15 @@ class Feeding:
         """Compute the collections, spread them over the tasks and write them there."""
         cluster, roles = self.cluster, tuple(self.prepared.aligned)
         parts = await partitions.load(self.client, self.prepared, inspect=encoding.look)
-        schema = encoding.merge([info.extra for info in parts.infos], roles)
-        places = {rank: cluster._place(rank) for rank in ranks}
-        await parts.spread(self.client, list(dict.fromkeys(places.values())))
-        self._numbers = _by_rank(parts, places)
-        rows = {cluster.tasks[rank].name: sum(parts.rows[n] for n in self._numbers[rank]) for rank in ranks}
-        await self._write(parts, schema, self._numbers)
+        try:
+            schema = encoding.merge([info.extra for info in parts.infos], roles)
+            places = {rank: cluster._place(rank) for rank in ranks}
+            await parts.spread(self.client, list(dict.fromkeys(places.values())))
+            self._numbers = _by_rank(parts, places)
+            rows = {cluster.tasks[rank].name: sum(parts.rows[n] for n in self._numbers[rank]) for rank in ranks}
+            await self._write(parts, schema, self._numbers)
+        finally:
+            parts.futures.clear()  # or what is raised would hold them by its traceback
         others = [rank for rank in range(len(cluster.tasks)) if rank not in places]
         await _all(cluster._call(rank, hosting.learn_in_task, self.name, schema) for rank in others)
         self.feed = Feed(self.name, schema, rows)
@@ -129,10 +132,11 @@ class Feeding:
         self.cluster.events.listen(written)
         try:
             await _all(call(rank, hosting.spool_in_task, self.name, schema, its, ticket) for rank, its in keys.items())
+            if self.keep:
+                self._kept.extend(held.values())
         finally:
             self.cluster.events.unlisten(written)
-        if self.keep:
-            self._kept.extend(held.values())
+            held.clear()
 
 
 def _by_rank(parts: Partitions, places: Mapping[int, str]) -> dict[int, list[int]]:

@@ -39,6 +39,7 @@ __all__ = [
     "host_task",
     "learn_in_task",
     "restart_task",
+    "spare_task",
     "spool_in_task",
 ]
 
@@ -127,6 +128,16 @@ class Hosted:
             with contextlib.suppress(MemberLost, MemberStopped):  # the next one will know
                 child.call(serving.add_feed, name, schema)
 
+    def forget(self, name: str) -> None:
+        """Remove a feed; the process knows of it no more."""
+        with self._changed:
+            self.feeds.pop(name, None)
+            child = self._child
+        self.spool.drop(name)
+        if child is not None:
+            with contextlib.suppress(MemberLost, MemberStopped):
+                child.call(serving.drop_feed, name)
+
     def _announce(self, child: Child, started: float) -> None:
         """Say that a process is up, once it is."""
         with contextlib.suppress(MemberLost, MemberStopped):
@@ -156,7 +167,7 @@ class Hosted:
             if not self.replaceable or often or not (was_up or self._starts > 1):
                 raise lost
             self._losses.append(now)
-        self.member.emit(RoleDown, role=self.task.role, index=self.task.index, reason=reason)
+        self.member.emit(RoleDown, role=self.task.role, index=self.task.index, reason=reason, wanted=wanted)
 
     def child(self) -> Child:
         """Its process, waited for while it starts.
@@ -263,12 +274,13 @@ def find(cluster: str, rank: int, name: str) -> Hosted:
     return hosted
 
 
-def call_in_task(cluster: str, rank: int, name: str, call: bytes) -> Any:
+def call_in_task(cluster: str, rank: int, name: str, call: bytes, *inputs: Any) -> Any:
     """Call a function in the process of a task, which alone opens the `call`, and give what it returns."""
     hosted = find(cluster, rank, name)
     secede()
     try:
-        return hosted.child().call_pickled(call)
+        child = hosted.child()
+        return child.call(serving.apply, call, inputs) if inputs else child.call_pickled(call)
     except MemberStopped as stopped:
         raise MemberLost(f"TensorFlow cluster: {name} was stopped: {stopped}") from None
 
@@ -290,13 +302,18 @@ def learn_in_task(cluster: str, rank: int, name: str, feed: str, schema: Schema)
 def drop_in_task(cluster: str, rank: int, name: str, feed: str) -> None:
     """Remove a feed."""
     hosted = find(cluster, rank, name)
-    hosted.feeds.pop(feed, None)
-    hosted.spool.drop(feed)
+    secede()
+    hosted.forget(feed)
 
 
 def complete_task(cluster: str, rank: int, name: str) -> None:
     """All that was fed to a task before is there again: it may start."""
     find(cluster, rank, name).complete()
+
+
+def spare_task(cluster: str, rank: int, name: str, spare: bool) -> None:
+    """Have the process of a task start again where it is lost, or not."""
+    find(cluster, rank, name).replaceable = spare
 
 
 def restart_task(cluster: str, rank: int, name: str) -> None:

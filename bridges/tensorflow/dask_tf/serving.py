@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import threading
 from typing import Any
 
@@ -10,7 +11,7 @@ from dask_bridges.processes import ChildMember
 from dask_tf import here
 from dask_tf.roles import RoleWork
 
-__all__ = ["add_feed", "serve", "wait_until_up"]
+__all__ = ["add_feed", "apply", "drop_feed", "serve", "wait_until_up"]
 
 _up = threading.Event()
 
@@ -48,6 +49,17 @@ def wait_until_up() -> None:
     _up.wait()
 
 
+def apply(call: bytes, inputs: tuple[Any, ...]) -> Any:
+    """Called from the Dask worker: a function with results of other tasks as its first arguments."""
+    function, args, kwargs = pickle.loads(call)
+    return function(*inputs, *args, **kwargs)
+
+
 def add_feed(name: str, schema: Any) -> None:
     """Called from the Dask worker: something was fed."""
     here.current().feeds[name] = schema
+
+
+def drop_feed(name: str) -> None:
+    """Called from the Dask worker: what was fed is no longer there."""
+    here.current().feeds.pop(name, None)

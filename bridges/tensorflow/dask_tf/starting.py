@@ -76,6 +76,9 @@ async def plan(client: Client, start: Start) -> tuple[tuple[Task, ...], GangPlan
     workers = _with_resources(workers, start.resources)
     tasks = parse_roles(start.counts, len(workers))
     places = assign(tasks, [worker.address for worker in workers], start.share)
+    if {task.role for task in tasks} >= {"ps", "worker"} and Task("chief", 0) not in tasks:
+        tasks = (*tasks, Task("chief", 0))  # the coordinator, which has little to do: it may share
+        places = [*places, places[0]]
     await placement.check_packages(client, sorted(set(places)), ["dask_bridges"])
     await placement.check_packages(
         client, sorted(set(places)), ["tensorflow", "keras"], ': pip install "dask-bridges[tensorflow]"', imports=False

@@ -78,8 +78,8 @@ def exact_additions() -> Iterator[None]:
 
 def _patch() -> Callable[[], None]:
     import tensorflow as tf
-    from keras.src.backend.common.stateless_scope import in_stateless_scope
     from keras.src.backend.common import KerasVariable
+    from keras.src.backend.common.stateless_scope import in_stateless_scope
 
     plain_add, plain_sub, plain_assign = KerasVariable.__add__, KerasVariable.__sub__, KerasVariable.assign
 

@@ -99,6 +99,7 @@ class ForkServer:
         self._lock = threading.Lock()
         self._numbers = count()
         self._ready: Future[None] = Future()
+        self._ended = False
         self._asked: dict[int, Future[Process]] = {}
         self._children: dict[int, Process] = {}
         self._process: subprocess.Popen[bytes] | None = None
@@ -108,7 +109,7 @@ class ForkServer:
     @property
     def usable(self) -> bool:
         """Whether it can fork, now or once it is ready."""
-        return not self._ready.done() or self._ready.exception() is None
+        return not self._ended and (not self._ready.done() or self._ready.exception() is None)
 
     @property
     def pid(self) -> int:
@@ -208,6 +209,7 @@ class ForkServer:
 
     def _over(self, text: str) -> None:
         with self._lock:
+            self._ended = True
             asked, self._asked = self._asked, {}
             children, self._children = self._children, {}
         if not self._ready.done():

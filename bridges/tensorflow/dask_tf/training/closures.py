@@ -18,6 +18,8 @@ __all__ = ["Done", "Pace", "Pump"]
 AHEAD = 2
 #: Seconds a function should take: long beside the 2.5 ms it costs to send, short for whoever waits to stop.
 TARGET = 0.25
+#: Seconds to wait for what is under way after an error.
+DRAINED = 30.0
 
 
 @dataclass(frozen=True)
@@ -129,12 +131,15 @@ class Pump:
                 yield done
 
     def drain(self) -> None:
-        """Wait until nothing is under way, after an error; further errors are not raised."""
-        while self._under_way:
+        """Wait, after an error, until no worker does anything more; further errors are not raised."""
+        deadline = time.monotonic() + DRAINED
+        while time.monotonic() < deadline:
             try:
-                self._next()
+                if self.coordinator.cluster.done():
+                    return
             except Exception:
-                break  # TensorFlow has cancelled what was under way
+                continue  # TensorFlow tells each error once
+            self._over.wait(0.02)
 
     def close(self) -> None:
         """End the threads that wait for results."""

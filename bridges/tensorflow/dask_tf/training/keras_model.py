@@ -42,6 +42,8 @@ class History:
     repeated : int or None
         How many more were done since workers were lost and their functions done again elsewhere; None where the
         optimizer does not tell.
+    scores : list of (int, dict)
+        Steps and what the scorer found after them, where there was one.
     """
 
     history: dict[str, list[float]] = field(default_factory=dict)
@@ -49,6 +51,7 @@ class History:
     params: dict[str, Any] = field(default_factory=dict)
     steps: int = 0
     repeated: int | None = 0
+    scores: list[tuple[int, dict[str, float]]] = field(default_factory=list)
 
 
 def fit(
@@ -273,9 +276,9 @@ class _Training:
             self._count()
             if due and position.step < self.schedule.steps_per_epoch:
                 self._save()
-        self._logs = self._epoch_logs()
-        self._logs.update(self.validate(epoch))
-        listeners.on_epoch_end(epoch, dict(self._logs))
+        self._logs = {**self._epoch_logs(), **self.validate(epoch)}
+        listeners.on_epoch_end(epoch, self._logs)
+        self._logs = self._recorded(listeners, self._logs)
         self._end(epoch)
 
     def _steps(self, listeners: Any) -> bool:
@@ -350,6 +353,15 @@ class _Training:
         if self.checkpoint is not None:
             checkpointing.save(self.checkpoint, self.moving.variables, self.position)
             self._saved = time.monotonic()
+
+    def _recorded(self, listeners: Any, logs: dict[str, float]) -> dict[str, float]:
+        """`logs` with what other callbacks have added for History to keep, such as the learning rate."""
+        import keras
+
+        for each in listeners.callbacks:
+            if isinstance(each, keras.callbacks.History):
+                return {name: float(values[-1]) for name, values in each.history.items()}
+        return logs
 
     def _listeners(self, callbacks: Any, verbose: int) -> Any:
         import keras

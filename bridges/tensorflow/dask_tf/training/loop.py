@@ -127,11 +127,11 @@ class _Loop:
             self.state = build()
             self.counter = tf.Variable(0, dtype=tf.int64, trainable=False, name="steps")
             iterator, spec = coordinator.iterate(lambda: dataset_fn().repeat())
-        converted = tf.function(step_fn)
         state, counter = self.state, self.counter
+        converted = tf.function(lambda batch: step_fn(state, batch))
 
         def step(batch: Any) -> Any:
-            values = converted(state, batch)
+            values = converted(batch)
             with tf.control_dependencies(tf.nest.flatten(values)):
                 counter.assign_add(1)
             return values
@@ -140,7 +140,9 @@ class _Loop:
         self.pump = Pump(coordinator, self.many.function, iterator)
         self.variables = [*_variables(self.state), self.counter]
 
-    def run(self, steps: int, size: int | None, seconds: float, report: Any, should_stop: Callable[[], bool]) -> Trained:
+    def run(
+        self, steps: int, size: int | None, seconds: float, report: Any, should_stop: Callable[[], bool]
+    ) -> Trained:
         position = checkpointing.load(self.checkpoint, self.variables) or Position()
         trained = Trained(state=self.state, steps=position.steps)
         saved = time.monotonic()

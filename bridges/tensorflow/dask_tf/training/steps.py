@@ -103,7 +103,9 @@ def _is_number(value: Any) -> bool:
     import tensorflow as tf
 
     tensor = tf.convert_to_tensor(value)
-    return bool(tensor.shape.rank == 0 and (tensor.dtype.is_floating or tensor.dtype.is_integer or tensor.dtype.is_bool))
+    return bool(
+        tensor.shape.rank == 0 and (tensor.dtype.is_floating or tensor.dtype.is_integer or tensor.dtype.is_bool)
+    )
 
 
 def _known(shape: Any) -> list[int]:
