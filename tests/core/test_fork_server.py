@@ -166,6 +166,12 @@ def _read(file: Path, future: Future[Any]) -> list[int]:
     return [int(pid) for pid in found]
 
 
+def parent_of(process: psutil.Process) -> psutil.Process:
+    parent = process.parent()
+    assert parent is not None
+    return parent
+
+
 def assert_gone(processes: Sequence[psutil.Process]) -> None:
     assert psutil.wait_procs([process for process in processes if process.is_running()], timeout=10)[1] == []
 
@@ -413,7 +419,7 @@ def test_a_fork_server_that_is_killed_while_nobody_needs_it_is_replaced(
 def test_servers_and_children_are_gone_with_their_killed_worker(bridges_doomed_client: Client, tmp_path: Path) -> None:
     client = bridges_doomed_client
     with waiting(client, tmp_path, Environment()) as (gang, processes, servers, _):
-        servers[1].parent().kill()
+        parent_of(servers[1]).kill()
         with pytest.raises(MemberLost, match="member 1 was lost"):
             gang.result(10)
         assert_gone([*processes, servers[1]])

@@ -350,7 +350,7 @@ class Missing:
 
 
 def hide_tensorflow() -> None:
-    sys.meta_path.insert(0, Missing())  # type: ignore[arg-type]
+    sys.meta_path.insert(0, Missing())
 
 
 def show_tensorflow() -> None:
@@ -358,16 +358,18 @@ def show_tensorflow() -> None:
 
 
 def another_version() -> None:
-    import importlib.metadata
+    from importlib import metadata
 
-    importlib.metadata._version = importlib.metadata.version  # type: ignore[attr-defined]
-    importlib.metadata.version = lambda name: "1.0.0" if "tensorflow" in name else importlib.metadata._version(name)  # type: ignore[attr-defined]
+    real = metadata.version
+    patched: Any = lambda name: "1.0.0" if "tensorflow" in name else real(name)  # noqa: E731
+    patched.real = real
+    vars(metadata)["version"] = patched
 
 
 def same_version() -> None:
-    import importlib.metadata
+    from importlib import metadata
 
-    importlib.metadata.version = importlib.metadata._version  # type: ignore[attr-defined]
+    vars(metadata)["version"] = vars(metadata)["version"].real
 
 
 def test_a_dask_worker_without_tensorflow_is_named_with_the_remedy(start: Start, bridges_client: Client) -> None:

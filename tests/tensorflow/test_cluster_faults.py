@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -21,9 +23,14 @@ from distributed import Client, LocalCluster
 from dask_bridges import MemberLost
 from dask_bridges.events import Lost
 from dask_bridges.testing import command_line_cluster, leftovers, wait_until_free
+from dask_tf import start_tensorflow
 from dask_tf.events import RoleDown
 
-pytestmark = pytest.mark.cluster
+pytestmark = [
+    pytest.mark.cluster,
+    pytest.mark.skipif(sys.platform != "linux", reason="tasks need Linux"),
+    pytest.mark.skipif(importlib.util.find_spec("tensorflow") is None, reason="needs TensorFlow"),
+]
 
 WORKERS = 3
 
@@ -54,9 +61,9 @@ def folders(cluster: Any) -> list[str]:
 
 
 @contextlib.contextmanager
-def fed(client: Client, start: Any, watch: Any, **options: Any) -> Iterator[tuple[Any, Any]]:
+def fed(client: Client, watch: Any, **options: Any) -> Iterator[tuple[Any, Any]]:
     """A cluster of one parameter server and two workers with 100 rows, and who watches it."""
-    with start(client, **{"ps": 1, "worker": 2, **options}) as cluster:
+    with start_tensorflow(client, **{"ps": 1, "worker": 2, **options}) as cluster:
         cluster.feed(da.from_array(np.arange(100.0), chunks=9))
         yield cluster, watch(cluster)
 
@@ -88,9 +95,9 @@ ALL = float(np.arange(100.0).sum())
 
 
 def test_a_killed_worker_comes_back_at_its_address_with_its_rows_and_the_others_go_on(
-    client: Client, start: Any, watch: Any
+    client: Client, watch: Any
 ) -> None:
-    with fed(client, start, watch) as (cluster, watcher):
+    with fed(client, watch) as (cluster, watcher):
         before = {row["task"]: row for row in cluster.status()}
         [doomed] = cluster.run("worker:0", waits, cluster)
         [spared] = cluster.run("worker:1", waits, cluster)
@@ -111,10 +118,10 @@ def test_a_killed_worker_comes_back_at_its_address_with_its_rows_and_the_others_
         assert totals(cluster) == ALL
 
 
-def test_a_frozen_worker_is_noticed_and_comes_back(client: Client, start: Any, watch: Any) -> None:
+def test_a_frozen_worker_is_noticed_and_comes_back(client: Client, watch: Any) -> None:
     with (
         dask.config.set({"dask-bridges.hang-timeout": "2s"}),
-        fed(client, start, watch) as (cluster, watcher),
+        fed(client, watch) as (cluster, watcher),
     ):
         os.kill(watcher.row("worker:1")["pid"], signal.SIGSTOP)
         watcher.until_back("worker:1")
@@ -123,8 +130,8 @@ def test_a_frozen_worker_is_noticed_and_comes_back(client: Client, start: Any, w
         assert totals(cluster) == ALL
 
 
-def test_a_worker_comes_back_on_its_host_when_its_dask_worker_is_killed(client: Client, start: Any, watch: Any) -> None:
-    with fed(client, start, watch) as (cluster, watcher):
+def test_a_worker_comes_back_on_its_host_when_its_dask_worker_is_killed(client: Client, watch: Any) -> None:
+    with fed(client, watch) as (cluster, watcher):
         before = watcher.row("worker:1")
         kill_dask_worker(client, before["worker"])
         after = watcher.until_back("worker:1")
@@ -144,8 +151,8 @@ def kill_dask_worker(client: Client, address: str) -> psutil.Process:
 
 
 @pytest.mark.slow  # five restarts
-def test_a_worker_that_crashes_again_and_again_is_given_up(client: Client, start: Any, watch: Any) -> None:
-    with start(client, ps=1, worker=1) as cluster:
+def test_a_worker_that_crashes_again_and_again_is_given_up(client: Client, watch: Any) -> None:
+    with start_tensorflow(client, ps=1, worker=1) as cluster:
         watcher = watch(cluster)
         for restarts in range(1, 6):
             os.kill(watcher.row("worker:0")["pid"], signal.SIGKILL)
@@ -159,8 +166,8 @@ def test_a_worker_that_crashes_again_and_again_is_given_up(client: Client, start
 # An essential one
 
 
-def test_a_killed_parameter_server_ends_all_and_is_named(client: Client, start: Any, watch: Any, gone: Any) -> None:
-    with fed(client, start, watch) as (cluster, watcher):
+def test_a_killed_parameter_server_ends_all_and_is_named(client: Client, watch: Any, gone: Any) -> None:
+    with fed(client, watch) as (cluster, watcher):
         processes = watcher.processes()
         [running] = cluster.run("worker:0", waits, cluster)
         watcher.until(lambda: "it waits" in cluster.logs()["worker:0"])
@@ -175,8 +182,8 @@ def test_a_killed_parameter_server_ends_all_and_is_named(client: Client, start: 
         assert folders(cluster) == []
 
 
-def test_a_killed_dask_worker_of_a_parameter_server_ends_all(client: Client, start: Any, watch: Any, gone: Any) -> None:
-    with fed(client, start, watch) as (cluster, watcher):
+def test_a_killed_dask_worker_of_a_parameter_server_ends_all(client: Client, watch: Any, gone: Any) -> None:
+    with fed(client, watch) as (cluster, watcher):
         processes, lost = watcher.processes(), watcher.row("ps:0")["worker"]
         kill_dask_worker(client, lost)
         watcher.until_ended()
@@ -189,11 +196,11 @@ def test_a_killed_dask_worker_of_a_parameter_server_ends_all(client: Client, sta
 # At other moments
 
 
-def test_a_dask_worker_killed_while_tasks_start_leaves_nothing(client: Client, start: Any) -> None:
+def test_a_dask_worker_killed_while_tasks_start_leaves_nothing(client: Client) -> None:
     workers = sorted(client.scheduler_info(n_workers=-1)["workers"])
     process = psutil.Process(client.run(os.getpid, workers=workers[:1])[workers[0]])
     with ThreadPoolExecutor(1) as pool:
-        starting = pool.submit(start, client, ps=3)
+        starting = pool.submit(start_tensorflow, client, ps=3)
         _until_a_member_is_there(client)
         process.kill()
         with pytest.raises(MemberLost, match=rf"ps:\d was lost.*{workers[0]}"):
@@ -208,10 +215,8 @@ def _until_a_member_is_there(client: Client) -> None:
         assert time.monotonic() < deadline
 
 
-def test_a_worker_killed_while_it_is_fed_fails_the_feed_or_comes_back_with_it(
-    client: Client, start: Any, watch: Any
-) -> None:
-    with start(client, ps=1, worker=2) as cluster, ThreadPoolExecutor(1) as pool:
+def test_a_worker_killed_while_it_is_fed_fails_the_feed_or_comes_back_with_it(client: Client, watch: Any) -> None:
+    with start_tensorflow(client, ps=1, worker=2) as cluster, ThreadPoolExecutor(1) as pool:
         watcher = watch(cluster)
         slow = da.from_array(np.arange(100.0), chunks=10).map_blocks(_slowly, dtype=float)
         feeding = pool.submit(cluster.feed, slow)
@@ -225,9 +230,9 @@ def test_a_worker_killed_while_it_is_fed_fails_the_feed_or_comes_back_with_it(
 
 
 def test_a_dask_worker_killed_while_its_task_is_fed_fails_the_feed_or_the_rows_are_there(
-    client: Client, start: Any, watch: Any
+    client: Client, watch: Any
 ) -> None:
-    with start(client, ps=1, worker=2) as cluster, ThreadPoolExecutor(1) as pool:
+    with start_tensorflow(client, ps=1, worker=2) as cluster, ThreadPoolExecutor(1) as pool:
         watcher = watch(cluster)
         slow = da.from_array(np.arange(100.0), chunks=10).map_blocks(_slowly, dtype=float)
         feeding = pool.submit(cluster.feed, slow)
@@ -246,8 +251,8 @@ def _slowly(block: Any) -> Any:
     return block
 
 
-def test_a_process_killed_while_all_is_closed_is_no_trouble(client: Client, start: Any, watch: Any, gone: Any) -> None:
-    cluster = start(client, ps=1, worker=2)
+def test_a_process_killed_while_all_is_closed_is_no_trouble(client: Client, watch: Any, gone: Any) -> None:
+    cluster = start_tensorflow(client, ps=1, worker=2)
     watcher = watch(cluster)
     processes = watcher.processes()
     with ThreadPoolExecutor(1) as pool:
@@ -259,10 +264,10 @@ def test_a_process_killed_while_all_is_closed_is_no_trouble(client: Client, star
     gone(processes)
 
 
-def test_all_ends_when_the_scheduler_is_killed(start: Any, watch: Any) -> None:
+def test_all_ends_when_the_scheduler_is_killed(watch: Any) -> None:
     with command_line_cluster(workers=2) as command_line:
         client = command_line.client
-        cluster = start(client, ps=1, worker=1)
+        cluster = start_tensorflow(client, ps=1, worker=1)
         processes = watch(cluster).processes()
         command_line.scheduler.kill()
         assert psutil.wait_procs(processes, timeout=60)[1] == []

@@ -73,11 +73,10 @@ def _train(cluster: Any) -> tuple[float, float, str]:
         variable, total = tf.Variable(1.0), tf.Variable(0.0)
     variable.assign(3.0)
 
-    @tf.function
     def add(iterator: Any) -> None:
         total.assign_add(tf.reduce_sum(next(iterator)))
 
     rows = coordinator.create_per_worker_dataset(lambda: cluster.dataset("train", 100))
-    coordinator.schedule(add, args=(iter(rows),))
+    coordinator.schedule(tf.function(add), args=(iter(rows),))
     coordinator.join()
     return float(variable.numpy()), float(total.numpy()), variable.device

@@ -17,6 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dask_bridges import DataError
+from dask_tf import start_tensorflow
 
 pytestmark = pytest.mark.cluster
 
@@ -242,11 +243,11 @@ def _fail_on_third(block: Any, block_info: Any = None) -> Any:
 # Sharing
 
 
-def test_tasks_that_share_a_dask_worker_divide_its_rows(bridges_client: Client, start: Any) -> None:
-    one = sorted(bridges_client.scheduler_info(n_workers=-1)["workers"])[:1]
-    with start(worker=2, share=True, workers=one) as cluster:
-        feed = cluster.feed(da.from_array(numbered(100, 2), chunks=(9, 2)))
+def test_tasks_that_share_a_dask_worker_divide_its_rows(cluster: Any) -> None:
+    one = sorted(cluster.client.scheduler_info(n_workers=-1)["workers"])[:1]
+    with start_tensorflow(cluster.client, worker=2, share=True, workers=one) as sharing:
+        feed = sharing.feed(da.from_array(numbered(100, 2), chunks=(9, 2)))
         assert sorted(feed.rows) == ["worker:0", "worker:1"]
         assert abs(feed.rows["worker:0"] - feed.rows["worker:1"]) <= 9
-        rows = np.concatenate(gathered(cluster, "train"))
+        rows = np.concatenate(gathered(sharing, "train"))
         np.testing.assert_array_equal(in_order(rows), numbered(100, 2))

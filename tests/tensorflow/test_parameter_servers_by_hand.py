@@ -624,7 +624,14 @@ def chief_custom(spec: Any, report: Any, steps: int) -> Any:
         done = train(coordinator, build, step, rows, steps=steps)
         table = tf.concat([v.read_value() for v in done.state["table"].variables], 0)
         devices = sorted(v.device for v in done.state["table"].variables)
-        return done.steps, done.repeated, int(done.state["n"].numpy()), table.numpy()[:, 0].tolist(), devices, done.values
+        return (
+            done.steps,
+            done.repeated,
+            int(done.state["n"].numpy()),
+            table.numpy()[:, 0].tolist(),
+            devices,
+            done.values,
+        )
 
 
 def test_a_step_function_of_ones_own_on_a_row_sharded_table(cluster: Cluster) -> None:

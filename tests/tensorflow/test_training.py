@@ -94,6 +94,11 @@ def kill(cluster: Any, task: str) -> None:
     os.kill(next(row["pid"] for row in cluster.status() if row["task"] == task), signal.SIGKILL)
 
 
+def batches(cluster: Any) -> int:
+    """Of an epoch: each worker's last one may be short."""
+    return sum(-(-rows // BATCH) for rows in cluster.feeds["train"].rows.values())
+
+
 def trains(event: Event) -> bool:
     return isinstance(event, Progress) and event.done >= 20
 
@@ -115,7 +120,7 @@ def test_digits_are_learned_until_the_scorer_is_content(cluster: Any, digits: tu
     scoring = dask_tf.Scorer("valid-scorer", every=0.2, until=lambda scores: scores["accuracy"] >= 0.95)
     history = dask_tf.fit(cluster, model, batch_size=BATCH, epochs=200, scorer=scoring, progress=False)
     cluster.events.unlisten(show)
-    assert history.steps < 200 * (TRAIN // BATCH)
+    assert history.steps < 200 * batches(cluster)
     assert live == [values["accuracy"] for _, values in history.scores]
     assert max(live) >= 0.95
     epochs = max(1, round(history.steps * BATCH / TRAIN))
@@ -130,7 +135,7 @@ def test_no_update_is_lost_and_the_model_is_trained_in_place(cluster: Any) -> No
     history = dask_tf.fit(
         cluster, model, batch_size=BATCH, epochs=3, validation_data="valid-chief", progress=False, seed=1
     )
-    steps = 3 * -(-TRAIN // BATCH)
+    steps = 3 * batches(cluster)
     assert history.steps == steps
     assert history.repeated == 0
     assert int(model.optimizer.iterations) == steps
@@ -154,9 +159,9 @@ def test_callbacks_run_where_the_training_is(cluster: Any) -> None:
     import keras
 
     model = new_model()
-    stopping = keras.callbacks.EarlyStopping(monitor="loss", baseline=0.0, patience=1)
-    history = dask_tf.fit(cluster, model, batch_size=BATCH, epochs=50, callbacks=[stopping], progress=False)
-    assert len(history.epoch) <= 3
+    never_content = keras.callbacks.EarlyStopping(monitor="loss", min_delta=100.0)
+    history = dask_tf.fit(cluster, model, batch_size=BATCH, epochs=50, callbacks=[never_content], progress=False)
+    assert history.epoch == [0, 1]
 
 
 def build_linear() -> Any:
@@ -192,10 +197,13 @@ def test_an_asynchronous_client_awaits_a_training(bridges_cluster: LocalCluster,
     X, y = digits
 
     async def scenario() -> Any:
-        async with Client(bridges_cluster.scheduler_address, asynchronous=True, set_as_default=False) as client:
-            async with await dask_tf.start_tensorflow(client, ps=1, worker=1) as cluster:
-                await cluster.feed(*collections(X, y))
-                return await dask_tf.fit(cluster, new_model(), batch_size=64, progress=False)
+        address = bridges_cluster.scheduler_address
+        async with (
+            Client(address, asynchronous=True, set_as_default=False) as client,
+            await dask_tf.start_tensorflow(client, ps=1, worker=1) as cluster,
+        ):
+            await cluster.feed(*collections(X, y))
+            return await dask_tf.fit(cluster, new_model(), batch_size=64, progress=False)
 
     assert asyncio.run(scenario()).steps == -(-len(X) // 64)
 
@@ -233,9 +241,9 @@ def test_a_cluster_without_servers_cannot_train_on_them(client: Client) -> None:
 def test_a_killed_worker_is_started_again_and_every_batch_counts(cluster: Any) -> None:
     model = new_model()
     killed = once(cluster, trains, lambda: kill(cluster, "worker:1"))
-    history = dask_tf.fit(cluster, model, batch_size=BATCH, epochs=40, progress=False)
+    history = dask_tf.fit(cluster, model, batch_size=BATCH, epochs=15, progress=False)
     assert killed.is_set()
-    assert history.steps == 40 * -(-TRAIN // BATCH)
+    assert history.steps == 15 * batches(cluster)
     assert int(model.optimizer.iterations) == history.steps + history.repeated
     assert next(row for row in cluster.status() if row["task"] == "worker:1")["restarts"] == 1
 
@@ -251,7 +259,7 @@ def test_a_killed_server_is_restored_from_the_last_checkpoint(cluster: Any, tmp_
     history = dask_tf.fit(cluster, model, batch_size=BATCH, epochs=10, checkpoint=tmp_path, progress=False)
     assert killed.is_set()
     assert history.epoch == list(range(10))
-    assert history.steps == 10 * -(-TRAIN // BATCH)
+    assert history.steps == 10 * batches(cluster)
     assert int(model.optimizer.iterations) == history.steps + history.repeated
     told = [event.text for event in cluster.events.events[begun:] if isinstance(event, Log) and event.rank < 0]
     assert any("lost ps:0" in text and "last checkpoint" in text for text in told)
@@ -282,11 +290,11 @@ def test_a_killed_dask_worker_takes_its_worker_task_along_and_training_goes_on(
         held = {cluster.dask_spec[role][0] for role in ("ps",)} | {cluster._place(cluster._ranks("chief:0")[0])}
         doomed = next(worker for worker in cluster.dask_spec["worker"] if worker not in held)
         reached = once(cluster, trains, lambda: None)
-        training = pool.submit(dask_tf.fit, cluster, new_model(), batch_size=BATCH, epochs=60, progress=False)
+        training = pool.submit(dask_tf.fit, cluster, new_model(), batch_size=BATCH, epochs=20, progress=False)
         assert reached.wait(60)
         os.kill(pids[doomed], signal.SIGKILL)
         history = training.result(120)
-        assert history.steps == 60 * -(-TRAIN // BATCH)
+        assert history.steps == 20 * batches(cluster)
         client.wait_for_workers(3, timeout=60)
         assert doomed not in cluster.dask_spec["worker"]
 

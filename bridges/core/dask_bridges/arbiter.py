@@ -18,6 +18,7 @@ from typing import Any
 
 from distributed.diagnostics.plugin import SchedulerPlugin
 
+from dask_bridges.attempt import Attempt
 from dask_bridges.watchdog import Watchdog, last_words
 
 __all__ = ["OPERATION", "STOP", "Arbiter"]
@@ -34,67 +35,6 @@ KEPT_TOPICS = 100
 logger = logging.getLogger("dask_bridges.arbiter")
 
 
-class _Gang:
-    """The scheduler's view of one attempt of one gang."""
-
-    def __init__(self, gang: str, client: str, request: dict[str, Any]) -> None:
-        self.gang = gang
-        self.client = client
-        self.label: str = request["label"]
-        self.attempt: int = request["attempt"]
-        self.candidates = list(request["candidates"])
-        self.places: int = request["places"]
-        self.exclusive: bool = request["exclusive"]
-        self.topic: str = request["topic"]
-        self.deadlines: dict[str, float] = request["deadlines"]
-        self.names: list[str] = request["names"]
-        self.replaceable = set(request["replaceable"])
-        self.incarnations = [0] * self.places
-        self.hosts: list[str] = []  # by rank, once granted
-        self.workers: list[str] = []  # by rank, once granted
-        self.nannies: list[tuple[str | None, int]] = []  # by rank: address, and process of the worker
-        self.presented: set[int] = set()
-        self.outcomes: dict[int, str] = {}  # rank -> finished, failed, late, collateral, lost; in the order told
-        self.left: set[int] = set()  # ranks that are there no longer
-        self.restarted: set[int] = set()  # ranks that did not end by themselves
-        self.reasons: dict[int, str] = {}  # rank -> why its worker was lost
-        self.enforced: asyncio.Task[None] | None = None  # sees to it that members end
-        self.payloads: dict[int, dict[int, Any]] = {}
-        self.agreed: list[Any] = []  # payloads of the last exchange, by rank
-        self.ending = ""  # why, once no member may start or go on
-        self.released = False
-        self.changed = asyncio.Event()
-
-    @property
-    def live(self) -> set[int]:
-        """Ranks that presented themselves and have not left."""
-        return self.presented - self.left
-
-    def holds(self) -> set[str]:
-        """Workers whose place is taken: all at first, in the end those of live members."""
-        if not self.ending:
-            return set(self.workers)
-        return {self.workers[rank] for rank in self.live}
-
-    def touch(self) -> None:
-        """Wake whoever waits for a change of this gang."""
-        self.changed.set()
-        self.changed = asyncio.Event()
-
-    async def until(self, predicate: Any, timeout: float) -> bool:
-        """Wait for `predicate()` for at most `timeout` seconds; whether it came true."""
-        deadline = time.monotonic() + timeout
-        while not predicate():
-            left = deadline - time.monotonic()
-            if left <= 0:
-                return False
-            try:
-                await asyncio.wait_for(self.changed.wait(), left)
-            except TimeoutError:
-                return bool(predicate())
-        return True
-
-
 class Arbiter(SchedulerPlugin):  # type: ignore[misc]
     """Grants places on workers to gangs. Every method answers plain data."""
 
@@ -102,7 +42,7 @@ class Arbiter(SchedulerPlugin):  # type: ignore[misc]
     idempotent = True  # registered by every client, started once
 
     def __init__(self) -> None:
-        self.gangs: dict[str, _Gang] = {}  # in the order asked
+        self.gangs: dict[str, Attempt] = {}  # in the order asked
         self.ended: collections.deque[str] = collections.deque()  # topics of gangs that are over
         self.tasks: set[asyncio.Task[None]] = set()
 
@@ -143,7 +83,7 @@ class Arbiter(SchedulerPlugin):  # type: ignore[misc]
             return {"lacking": [], "reason": "the client is gone"}
         asked = self.gangs.get(gang)
         if asked is None:
-            asked = self.gangs[gang] = _Gang(gang, client, request)
+            asked = self.gangs[gang] = Attempt(gang, client, request)
             # The client's own subscription takes another road and may come after a first loss.
             self.scheduler.subscribe_topic(asked.topic, client)
             self.grant()
@@ -160,12 +100,12 @@ class Arbiter(SchedulerPlugin):  # type: ignore[misc]
             return {"lacking": gone, "reason": asked.ending}
         return {"waiting_for": self._ahead_of(asked)}
 
-    def _gone(self, gang: _Gang) -> list[str]:
+    def _gone(self, gang: Attempt) -> list[str]:
         """Candidates that left the cluster, where too few remain."""
         gone = [worker for worker in gang.candidates if worker not in self.scheduler.workers]
         return gone if not gang.workers and len(gang.candidates) - len(gone) < gang.places else []
 
-    def _ahead_of(self, gang: _Gang) -> list[dict[str, Any]]:
+    def _ahead_of(self, gang: Attempt) -> list[dict[str, Any]]:
         """Who holds, or asked earlier for, places that `gang` waits for."""
         wanted = set(gang.candidates)
         ahead = []
@@ -278,7 +218,7 @@ class Arbiter(SchedulerPlugin):  # type: ignore[misc]
 
     # Ends
 
-    def end(self, gang: _Gang, reason: str) -> None:
+    def end(self, gang: Attempt, reason: str) -> None:
         """No member starts any more, and those that run are asked to stop."""
         gang.ending = gang.ending or reason
         for rank in gang.live:
@@ -289,7 +229,7 @@ class Arbiter(SchedulerPlugin):  # type: ignore[misc]
             gang.enforced = self.background(self._enforce(gang))
         gang.touch()
 
-    async def _enforce(self, gang: _Gang) -> None:
+    async def _enforce(self, gang: Attempt) -> None:
         """Restart the workers of members that do not end: nothing else ends a thread inside a framework."""
         timeout = gang.deadlines["stop_timeout"]
         if await gang.until(lambda: not gang.live, timeout):
@@ -329,7 +269,7 @@ class Arbiter(SchedulerPlugin):  # type: ignore[misc]
             "reasons": list(known.reasons.items()),
         }
 
-    async def _last_words(self, gang: _Gang, rank: int) -> str:
+    async def _last_words(self, gang: Attempt, rank: int) -> str:
         nanny, pid = gang.nannies[rank]
         words = await self.watchdog.ask_nanny(nanny, 2, last_words, pid)
         return f'its nanny says: "{words}"' if words else ""
@@ -343,13 +283,13 @@ class Arbiter(SchedulerPlugin):  # type: ignore[misc]
             self._settled(known)
         return {}
 
-    def _settled(self, gang: _Gang) -> None:
+    def _settled(self, gang: Attempt) -> None:
         gang.touch()
         if gang.released and not gang.live:
             self._forget(gang)
         self.grant()
 
-    def _forget(self, gang: _Gang) -> None:
+    def _forget(self, gang: Attempt) -> None:
         """A gang is over; its events stay until enough others are."""
         if self.gangs.pop(gang.gang, None) is not None:
             self.ended.append(gang.topic)
@@ -365,7 +305,7 @@ class Arbiter(SchedulerPlugin):  # type: ignore[misc]
                 text = f"goes on with its {gang.places} workers; {worker}, which has just joined, is left out"
                 self._tell(gang, {"event": "Log", "rank": -1, "text": text, "level": logging.INFO})
 
-    def _tell(self, gang: _Gang, event: dict[str, Any]) -> None:
+    def _tell(self, gang: Attempt, event: dict[str, Any]) -> None:
         """Send an event to whoever listens to the gang."""
         message = {**event, "gang": gang.gang, "attempt": gang.attempt, "time": time.time()}
         self.scheduler.log_event(gang.topic, message)
@@ -394,7 +334,7 @@ class Arbiter(SchedulerPlugin):  # type: ignore[misc]
                 self._lose(gang, rank, "somebody restarted the cluster (client.restart)")
             self._settled(gang)
 
-    def _lose(self, gang: _Gang, rank: int, reason: str) -> None:
+    def _lose(self, gang: Attempt, rank: int, reason: str) -> None:
         """Note the loss of a member, in its place among the ends of the others, and end its gang."""
         if rank in gang.replaceable and not gang.ending:
             self._vacate(gang, rank)
@@ -414,7 +354,7 @@ class Arbiter(SchedulerPlugin):  # type: ignore[misc]
             self._tell(gang, {"event": "Lost", "rank": rank, "worker": worker})
             self.end(gang, f"worker {worker} of {gang.names[rank]} was lost")
 
-    def _vacate(self, gang: _Gang, rank: int) -> None:
+    def _vacate(self, gang: Attempt, rank: int) -> None:
         """A member that can be replaced is lost: the others go on."""
         gang.incarnations[rank] += 1
         gang.presented.discard(rank)

@@ -14,7 +14,6 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-import dask
 from distributed import Client, Future
 
 from dask_bridges import config, turns
@@ -23,8 +22,7 @@ from dask_bridges.errors import GangTimeout, MemberFailed, MemberLost, Placement
 from dask_bridges.events import Event, EventStream, Log, Lost, Span, Started, topic_of
 from dask_bridges.member import MemberSpec, never_collateral
 from dask_bridges.rootcause import RootCause
-from dask_bridges.shipping import sealed_task
-from dask_bridges.task import run_member
+from dask_bridges.running import RunningMembers
 from dask_serializers.hooks import activate as models_move
 
 __all__ = ["Gang", "GangPlan"]
@@ -96,6 +94,8 @@ class Gang:
     id : str
     events : EventStream
         Everything the members tell, live, and from the start for who attaches late.
+    members : RunningMembers
+        Their tasks, while they run.
     """
 
     def __init__(self, client: Client, plan: GangPlan, attempt: int = 1) -> None:
@@ -107,8 +107,7 @@ class Gang:
         self.events = EventStream(self.id)
         self.events.attempt = attempt
         self._lost, self._started = asyncio.Event(), asyncio.Event()
-        self._members: dict[int, _Running] = {}
-        self._replaced = asyncio.Event()
+        self.members = RunningMembers(client)
         self._replacing: set[asyncio.Task[None]] = set()
         self.events.listen(self._notice)
 
@@ -248,18 +247,6 @@ class Gang:
             for rank, (name, payload) in enumerate(zip(plan.called, plan.payloads))
         ]
 
-    def _submit(self, specs: Sequence[MemberSpec]) -> None:
-        """One task a member, pinned to its worker, in one graph."""
-        label = self.plan.label.replace(" ", "-")
-        keys = {f"{label}-{self.id}-{self.attempt}-{spec.rank}-{spec.incarnation}": spec for spec in specs}
-        places = {key: [spec.workers[spec.rank]] for key, spec in keys.items()}
-        graph = {key: sealed_task(key, run_member, spec) for key, spec in keys.items()}
-        # A bound method of a dict: the scheduler unpickles and calls it without this package.
-        with dask.annotate(workers=places.__getitem__, allow_other_workers=False, retries=0):
-            futures = self.client.get(graph, list(graph), sync=False, priority=100)
-        for spec, future in zip(specs, futures):
-            self._members[spec.rank] = _Running(spec, future)
-
     def _notice(self, event: Event) -> None:
         """Listen to what matters for the course of the gang."""
         if isinstance(event, Lost) and event.replaceable:
@@ -287,57 +274,39 @@ class Gang:
                 told = True
                 text = f"{name} waits for a Dask worker on its host, {place['host']}; the others go on"
                 self._emit(Log, text=text, level=logging.WARNING)
-        if "ended" in place or rank not in self._members:
+        lost = self.members.spec_of(rank)
+        if "ended" in place or lost is None:
             return
-        lost = self._members[rank]
-        workers = list(lost.spec.workers)
+        workers = list(lost.workers)
         workers[rank] = place["worker"]
-        self._submit([replace(lost.spec, workers=tuple(workers), incarnation=place["incarnation"])])
-        lost.release()
+        self.members.submit([replace(lost, workers=tuple(workers), incarnation=place["incarnation"])])
         self._emit(Log, text=f"{name} was lost with its worker, and starts again on {place['worker']}")
-        self._replaced.set()
 
     async def _run_members(self, workers: tuple[str, ...]) -> list[Any]:
-        self._submit(self._specs(workers))
+        members = self.members
+        members.submit(self._specs(workers))
         lost = asyncio.ensure_future(self._lost.wait())
         try:
             await self._until_one_fails(lost)
-            ends = [self._members[rank].end for rank in sorted(self._members)]
-            if not lost.done() and all(end.done() for end in ends) and not any(map(_error_of, ends)):
-                fetched = await self._fetch(self._futures, lost)
+            if not lost.done() and members.finished:
+                fetched = await self._fetch(members.futures, lost)
                 if fetched is not None:
                     return fetched
-            error = await self._root_cause(next(filter(None, map(_error_of, ends)), None))
+            error = await self._root_cause(members.error)
             raise error from error.__cause__
         finally:
             for task in (*self._replacing, lost):
                 task.cancel()
             await asyncio.gather(*self._replacing, lost, return_exceptions=True)
-            for member in self._members.values():
-                member.release()
-            self._members.clear()
-
-    def worker_of(self, rank: int) -> str:
-        """The worker of a member that runs.
-
-        Raises
-        ------
-        KeyError
-            If no members run.
-        """
-        return self._members[rank].spec.workers[rank]
-
-    @property
-    def _futures(self) -> list[Future]:
-        return [self._members[rank].future for rank in sorted(self._members)]
+            await members.release()
 
     async def _until_one_fails(self, lost: asyncio.Future[Any]) -> None:
         """Wait until all members have ended, or one that is not replaced has done so badly."""
+        members = self.members
         while True:
-            self._replaced.clear()
-            ends = [member.end for member in self._members.values()]
-            finished = asyncio.ensure_future(asyncio.wait(ends, return_when=asyncio.FIRST_EXCEPTION))
-            replaced = asyncio.ensure_future(self._replaced.wait())
+            members.replaced.clear()
+            finished = asyncio.ensure_future(asyncio.wait(members.ends, return_when=asyncio.FIRST_EXCEPTION))
+            replaced = asyncio.ensure_future(members.replaced.wait())
             try:
                 await self._until_over({finished, lost, replaced})
                 if not replaced.done():
@@ -383,11 +352,10 @@ class Gang:
             settled = await turns.ask(self.client, "settle", gang=self.id, reason=reason)
         except OSError as gone:
             return MemberLost(f"{self.plan.label}: the scheduler is gone, and the members with it: {gone}")
-        workers = [self._members[rank].spec.workers[rank] for rank in sorted(self._members)]
         known = RootCause(
             self.plan.label,
-            self._futures,
-            workers,
+            self.members.futures,
+            self.members.workers,
             self.plan.called,
             self.events,
             self._lost,
@@ -400,42 +368,5 @@ class Gang:
         return cause
 
 
-class _Running:
-    """A member whose task has been submitted."""
-
-    def __init__(self, spec: MemberSpec, future: Future) -> None:
-        self.spec = spec
-        self.future = future
-        self.end = asyncio.ensure_future(_end_of(future))
-        self.end.add_done_callback(_seen)
-
-    def release(self) -> None:
-        """Nobody waits for it any more."""
-        self.end.cancel()
-        self.future.release()
-
-
-def _seen(end: asyncio.Future[None]) -> None:
-    """A member that ended badly is looked at elsewhere, or was replaced."""
-    if not end.cancelled():
-        end.exception()
-
-
 def _ignore(event: Any) -> None:
     """Handle an event of a gang that has ended."""
-
-
-async def _end_of(future: Future) -> None:
-    """Wait for a task's end and raise what it raised; nothing is fetched."""
-    error = await future.exception()
-    if error is None and future.cancelled():
-        error = MemberLost(f"the task {future.key} was cancelled from outside, or the scheduler is gone")
-    if error is not None:
-        raise error
-
-
-def _error_of(end: asyncio.Future[None]) -> BaseException | None:
-    """What an ended task raised, if it did."""
-    if not end.done():
-        return None
-    return asyncio.CancelledError("cancelled") if end.cancelled() else end.exception()

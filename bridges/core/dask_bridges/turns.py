@@ -8,12 +8,13 @@ from typing import Any
 import cloudpickle
 from distributed import Client
 
-from dask_bridges import arbiter, watchdog
+from dask_bridges import arbiter, attempt, watchdog
 from dask_bridges.errors import PlacementError
 
 __all__ = ["ask", "register"]
 
 cloudpickle.register_pickle_by_value(arbiter)
+cloudpickle.register_pickle_by_value(attempt)
 cloudpickle.register_pickle_by_value(watchdog)
 
 _registered: weakref.WeakKeyDictionary[Client, str] = weakref.WeakKeyDictionary()

@@ -477,7 +477,10 @@ class TensorFlowCluster:
     def _place(self, rank: int) -> str:
         """The Dask worker of a task."""
         self._check()
-        return self._gang.worker_of(rank)
+        spec = self._gang.members.spec_of(rank)
+        if spec is None:
+            raise MemberLost(f"{LABEL}: {self.tasks[rank].name} does not run")
+        return spec.workers[rank]
 
     def _ranks(self, role: str | Task) -> list[int]:
         wanted = role.name if isinstance(role, Task) else role

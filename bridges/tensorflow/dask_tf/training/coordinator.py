@@ -249,8 +249,6 @@ class Coordinator:
         del self.cluster
         del self.strategy
         gc.collect()
-        alone = {"chief": self.spec.get("chief") or ["127.0.0.1:0"]}
-        tf.config.experimental_connect_to_cluster(tf.train.ClusterSpec(alone), job_name="chief")
 
 
 def _connection(error: Exception) -> bool:
