@@ -32,6 +32,9 @@ bench: $(VENV)/.dev  ## the benchmarks, each beside its peer
 	$(BIN)/python benchmarks/xgboost_train.py
 	$(BIN)/python benchmarks/detection.py
 	$(BIN)/python benchmarks/models_moving.py
+	$(BIN)/python benchmarks/spool.py
+	$(BIN)/python benchmarks/tf_feed.py
+	$(BIN)/python benchmarks/tf_cluster.py
 
 docs: $(VENV)/.dev  ## the documentation, to docs/_build/html
 	$(PIP) install --quiet -e ".[docs]"

@@ -17,7 +17,7 @@ from typing import Any
 
 import dask.array as da
 import numpy as np
-from distributed import Client, LocalCluster, Worker
+from distributed import Client, LocalCluster
 
 import dask_tf
 from dask_bridges.events import Progress
@@ -55,7 +55,7 @@ def starts(client: Client) -> None:
     show("stop", down, "s")
 
 
-async def lag(dask_worker: Worker, seconds: float, pause: float = 0.005) -> list[float]:
+async def lag(seconds: float, pause: float = 0.005) -> list[float]:
     """How late a worker's event loop is, again and again, in milliseconds."""
     late, end = [], time.perf_counter() + seconds
     while time.perf_counter() < end:

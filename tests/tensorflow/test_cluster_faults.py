@@ -118,6 +118,7 @@ def test_a_killed_worker_comes_back_at_its_address_with_its_rows_and_the_others_
         assert totals(cluster) == ALL
 
 
+@pytest.mark.slow  # it waits for silence
 def test_a_frozen_worker_is_noticed_and_comes_back(client: Client, watch: Any) -> None:
     with (
         dask.config.set({"dask-bridges.hang-timeout": "2s"}),
@@ -196,6 +197,7 @@ def test_a_killed_dask_worker_of_a_parameter_server_ends_all(client: Client, wat
 # At other moments
 
 
+@pytest.mark.slow  # a server starts anew
 def test_a_dask_worker_killed_while_tasks_start_leaves_nothing(client: Client) -> None:
     workers = sorted(client.scheduler_info(n_workers=-1)["workers"])
     process = psutil.Process(client.run(os.getpid, workers=workers[:1])[workers[0]])
@@ -229,6 +231,7 @@ def test_a_worker_killed_while_it_is_fed_fails_the_feed_or_comes_back_with_it(cl
         assert totals(cluster) == ALL
 
 
+@pytest.mark.slow  # a server starts anew
 def test_a_dask_worker_killed_while_its_task_is_fed_fails_the_feed_or_the_rows_are_there(
     client: Client, watch: Any
 ) -> None:
@@ -264,6 +267,7 @@ def test_a_process_killed_while_all_is_closed_is_no_trouble(client: Client, watc
     gone(processes)
 
 
+@pytest.mark.slow  # Dask itself takes its time
 def test_all_ends_when_the_scheduler_is_killed(watch: Any) -> None:
     with command_line_cluster(workers=2) as command_line:
         client = command_line.client

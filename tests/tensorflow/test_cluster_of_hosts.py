@@ -33,6 +33,7 @@ with Client(sys.argv[1], timeout=60) as client:
 """
 
 
+@pytest.mark.slow  # TensorFlow is imported on two new hosts
 def test_tasks_on_two_hosts_advertise_what_reaches_them_and_a_chief_trains_across(tmp_path: Path) -> None:
     if missing := missing_for_networks():
         pytest.skip(missing)

@@ -163,6 +163,7 @@ class TensorFlowCluster:
         self._gang = gang
         self._asked = len(tasks)  # the coordinator that nobody asked for comes last
         self._up: dict[int, RoleUp] = {}
+        self._last: dict[int, RoleUp] = {}  # of those that are down, too
         self._downs = dict.fromkeys(range(len(tasks)), 0)
         self._changed = asyncio.Event()
         self._feedings: dict[str, Feeding] = {}
@@ -176,7 +177,7 @@ class TensorFlowCluster:
 
     def _notice(self, event: Event) -> None:
         if isinstance(event, RoleUp):
-            self._up[event.rank] = event
+            self._up[event.rank] = self._last[event.rank] = event
         elif isinstance(event, RoleDown) or (isinstance(event, Lost) and event.replaceable):
             self._up.pop(event.rank, None)
             self._downs[event.rank] += 1
@@ -298,7 +299,7 @@ class TensorFlowCluster:
     def _by_role(self, what: str) -> dict[str, list[str]]:
         by_role: dict[str, list[str]] = {}
         for rank, task in enumerate(self.tasks[: self._asked]):
-            by_role.setdefault(task.role, []).append(getattr(self._up.get(rank), what, ""))
+            by_role.setdefault(task.role, []).append(getattr(self._last.get(rank), what, ""))
         return by_role
 
     def __iter__(self) -> Iterator[Any]:
