@@ -26,7 +26,7 @@ import pytest
 
 pytest.importorskip("dask_tf.training")
 
-# ---------------------------------------------------------------------------------------------- the process that forks
+# the process that forks
 
 
 def _send(stream: Any, message: Any) -> None:
@@ -76,7 +76,8 @@ class Cluster:
         self.pids: dict[tuple[str, int], int] = {}
 
     def start(self, *servers: tuple[str, int]) -> Cluster:
-        for role, n in servers or [(role, n) for role in ("ps", "worker") for n in range(len(self.spec[role]))]:
+        every = [(each, n) for each in ("ps", "worker") for n in range(len(self.spec[each]))]
+        for role, n in servers or every:
             self.pids[role, n] = self.nursery.ask("serve", self.spec, role, n)
         return self
 
@@ -253,7 +254,7 @@ def doomed(nursery: Nursery) -> Iterator[Cluster]:
     cluster.close()
 
 
-# ------------------------------------------------------------------------------------------------------ models and data
+# models and data
 
 
 def ones(batch: int = 4, width: int = 3) -> Any:
@@ -302,7 +303,7 @@ def network(optimizer: Any = "adam") -> Any:
     return model
 
 
-# -------------------------------------------------------------------------------------------------------- exact updates
+# exact updates
 
 
 def chief_counts(spec: Any, report: Any, steps: int, corrected: bool = True) -> Any:
@@ -371,7 +372,7 @@ def test_sparse_updates_of_one_row_by_two_workers_are_all_applied(cluster: Clust
     assert cluster.run(chief_embeds, 500) == pytest.approx([0, 1000 / 1024, 500 / 1024, 0], abs=1e-5)
 
 
-# ------------------------------------------------------------------------------------------------------------- learning
+# learning
 
 
 def chief_learns(spec: Any, report: Any, optimizer: str) -> Any:
@@ -518,7 +519,7 @@ def test_class_weights(cluster: Cluster) -> None:
     assert cluster.run(chief_weighs) == 64 / 1024 * (1 + 3) / 2
 
 
-# ------------------------------------------------------------------------------------------------------------------ data
+# data
 
 
 def chief_starves(spec: Any, report: Any, where: str) -> Any:
@@ -597,7 +598,7 @@ def test_what_a_step_raises_is_raised_and_the_cluster_can_go_on(cluster: Cluster
     assert cluster.run(chief_raises) == ("InvalidArgumentError", 4)
 
 
-# ------------------------------------------------------------------------------------------------------- own step functions
+# own step functions
 
 
 def chief_custom(spec: Any, report: Any, steps: int) -> Any:
@@ -642,7 +643,7 @@ def test_a_step_function_of_ones_own_on_a_row_sharded_table(cluster: Cluster) ->
     assert list(values) == ["loss"]
 
 
-# --------------------------------------------------------------------------------------------------------------- faults
+# faults
 
 
 def chief_goes_on(spec: Any, report: Any, steps: int) -> Any:
@@ -784,7 +785,7 @@ def test_a_chief_that_closed_says_nothing_when_the_servers_go(doomed: Cluster) -
     assert chief.stderr == ""
 
 
-# -------------------------------------------------------------------------------------------------- stopping and scoring
+# stopping and scoring
 
 
 def chief_publishes(spec: Any, report: Any) -> Any:
@@ -840,7 +841,7 @@ def test_a_scorer_gets_the_newest_weights_and_ends_the_training(cluster: Cluster
     assert len(history["loss"]) == 1
 
 
-# ------------------------------------------------------------------------------------------------- without any TensorFlow
+# without any TensorFlow
 
 
 def test_arrays_travel_as_bytes_without_pickle() -> None:

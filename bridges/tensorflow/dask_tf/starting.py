@@ -127,14 +127,16 @@ def _serves(task: Task, tasks: Sequence[Task], servers: bool | Sequence[str] | N
 
 def _environment(variables: Mapping[str, str] | None) -> Environment:
     asked = {name: os.environ[name] for name in QUIET if name in os.environ}
-    settings = {
+    settings: dict[str, str | None] = {
         "KERAS_BACKEND": _backend(),
         "TF_GRPC_REUSE_PORT": "1",  # its Dask worker holds the port
+        # Dask's nannies set it: every buffer of tf.data would be given back to the system and fetched again.
+        "MALLOC_TRIM_THRESHOLD_": None,
         **QUIET,
         **asked,
         **(variables or {}),
     }
-    return Environment(("tensorflow", "keras"), tuple(sorted(settings.items())))
+    return Environment(("tensorflow", "keras"), tuple(sorted(settings.items(), key=lambda item: item[0])))
 
 
 def _backend() -> str:

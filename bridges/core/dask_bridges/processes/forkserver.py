@@ -54,12 +54,13 @@ class Environment:
     ----------
     modules : tuple of str
         Imported by the server before it forks: they may not start threads, nor touch a device, as they are imported.
-    variables : tuple of (str, str)
-        Environment variables beside the worker's own, which lose; set before the modules are imported.
+    variables : tuple of (str, str or None)
+        Environment variables beside the worker's own, which lose; set, or with None removed, before the
+        modules are imported.
     """
 
     modules: tuple[str, ...] = ()
-    variables: tuple[tuple[str, str], ...] = ()
+    variables: tuple[tuple[str, str | None], ...] = ()
 
 
 class Process:
@@ -94,7 +95,8 @@ class ForkServer:
 
     def __init__(self, environment: Environment, variables: dict[str, str]) -> None:
         self.environment = environment
-        self.variables = {**variables, **dict(environment.variables)}
+        merged = {**variables, **dict(environment.variables)}
+        self.variables = {name: value for name, value in merged.items() if value is not None}
         self._control, self._theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._lock = threading.Lock()
         self._numbers = count()

@@ -61,7 +61,7 @@ def dump(values: Sequence[np.ndarray[Any, Any]]) -> bytes:
     """Arrays as bytes without pickle; the dtypes NumPy lacks (bfloat16, float8) as plain bytes of their width."""
     stream = io.BytesIO()
     plain = {f"{n}": v if v.dtype.isbuiltin == 1 else v.view(f"V{v.dtype.itemsize}") for n, v in enumerate(values)}
-    np.savez(stream, allow_pickle=False, **plain)  # type: ignore[arg-type]
+    np.savez(stream, allow_pickle=False, **plain)
     return stream.getvalue()
 
 
@@ -95,8 +95,8 @@ def load(checkpoints: Checkpoints | None, variables: Sequence[Any]) -> Position 
     own = [list(v.shape) for v in variables]
     if shapes != own:
         raise DataError(
-            f"the checkpoint of step {kept.step} is of another model or optimizer: it has {len(shapes)} variables, this "
-            f"one {len(own)}, or their shapes differ. Use another folder, or fit the model it is of"
+            f"the checkpoint of step {kept.step} is of another model or optimizer: it has {len(shapes)} variables, "
+            f"this one {len(own)}, or their shapes differ. Use another folder, or fit the model it is of"
         )
     for variable, value in zip(variables, values, strict=True):
         dtype = np.asarray(variable.numpy()).dtype

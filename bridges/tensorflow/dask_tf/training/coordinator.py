@@ -74,8 +74,8 @@ def connect(
     timeout : float
         Seconds for all servers to be there, and again for TensorFlow to connect.
     variable_partitioner : callable, optional
-        One of ``tf.distribute.experimental.partitioners``, for row-sharded variables in :func:`~dask_tf.training.train`.
-        Keras 3 cannot train such variables.
+        One of ``tf.distribute.experimental.partitioners``, for row-sharded variables in
+        :func:`~dask_tf.training.train`. Keras 3 cannot train such variables.
 
     Returns
     -------
@@ -230,7 +230,7 @@ class Coordinator:
                     "connect again and go on from the last checkpoint",
                     names,
                 )
-        return error
+        return error  # type: ignore[no-any-return]
 
     def check_workers(self, silent: float) -> None:
         """Raise :class:`WorkersLost` where nothing was heard for long and no worker answers."""
@@ -242,7 +242,6 @@ class Coordinator:
         if self._closed:
             return
         self._closed = True
-        import tensorflow as tf
 
         upstream.stop(self.cluster)
         self._anchors.clear()

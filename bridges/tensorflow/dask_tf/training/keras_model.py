@@ -94,8 +94,8 @@ def fit(
     model : keras.Model
         Compiled; made or received after :func:`~dask_tf.training.connect`. Functional, Sequential or subclassed.
     dataset_fn : callable
-        Returns a ``tf.data.Dataset`` of batches ``x``, ``(x, y)`` or ``(x, y, sample_weight)``. Traced here, run in each
-        worker, repeated for ever there. A worker without data leaves the steps to the others.
+        Returns a ``tf.data.Dataset`` of batches ``x``, ``(x, y)`` or ``(x, y, sample_weight)``. Traced here, run in
+        each worker, repeated for ever there. A worker without data leaves the steps to the others.
     steps_per_epoch : int
         Batches an epoch, over all workers together; exactly so many are done.
     epochs, initial_epoch, callbacks, validation_steps, validation_freq, class_weight, verbose
@@ -303,7 +303,7 @@ class _Training:
         return due
 
     def _pumping(self) -> Pump:
-        """The function is traced once the variables are on the servers, which they stay for the rest of the training."""
+        """The function is traced once the variables are on the servers; they stay there for the rest of the training."""
         if self._pump is None:
             model = self.model
             self._many = ManySteps(

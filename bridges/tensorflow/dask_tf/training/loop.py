@@ -147,9 +147,13 @@ class _Loop:
         trained = Trained(state=self.state, steps=position.steps)
         saved = time.monotonic()
         due = False
+
+        def stop() -> bool:
+            return due or should_stop()
+
         while trained.steps < steps and not should_stop():
             pace = Pace(self.coordinator.workers, steps - trained.steps, size)
-            for done in self.pump.run(steps - trained.steps, pace, lambda: due or should_stop()):
+            for done in self.pump.run(steps - trained.steps, pace, stop):
                 trained.steps += done.steps
                 trained.values = self.many.unpack(done.values)
                 due = self.checkpoint is not None and time.monotonic() - saved >= seconds

@@ -150,12 +150,11 @@ def _reader(variables: list[Any]) -> Any:
     """One function that reads all `variables`, so that their copies travel side by side."""
     import tensorflow as tf
 
-    @tf.function(autograph=False)
     def read() -> list[Any]:
         with tf.device("/job:chief/device:CPU:0"):
             return [tf.identity(v) for v in variables]
 
-    return read
+    return tf.function(read, autograph=False)
 
 
 def _remote(variable: Any, local: Any) -> Any:
