@@ -300,7 +300,7 @@ class Child:
 
     def kill(self, reason: str) -> None:
         """End it at once; `reason` is what is said of its loss."""
-        if not self._killed_because:
+        if not self._killed_because and not self._process.ended.done():  # or calls would be told a wrong reason
             self._killed_because, self._killed_at = reason, time.monotonic()
             self._process.kill()
 

@@ -303,7 +303,7 @@ class _Training:
         return due
 
     def _pumping(self) -> Pump:
-        """The function is traced once the variables are on the servers; they stay there for the rest of the training."""
+        """The function is traced once the variables are on the servers, where they stay until the training is over."""
         if self._pump is None:
             model = self.model
             self._many = ManySteps(
