@@ -23,6 +23,7 @@ class Loopback:
         assert all(result.rows)
 
 
+@pytest.mark.slow  # XGBoost's members keep the same contract in the same place
 class TestLoopback(Loopback, BridgeContract):
     pass
 

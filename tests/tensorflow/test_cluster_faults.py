@@ -183,6 +183,7 @@ def test_a_killed_parameter_server_ends_all_and_is_named(client: Client, watch: 
         assert folders(cluster) == []
 
 
+@pytest.mark.slow
 def test_a_killed_dask_worker_of_a_parameter_server_ends_all(client: Client, watch: Any, gone: Any) -> None:
     with fed(client, watch) as (cluster, watcher):
         processes, lost = watcher.processes(), watcher.row("ps:0")["worker"]
@@ -217,6 +218,7 @@ def _until_a_member_is_there(client: Client) -> None:
         assert time.monotonic() < deadline
 
 
+@pytest.mark.slow
 def test_a_worker_killed_while_it_is_fed_fails_the_feed_or_comes_back_with_it(client: Client, watch: Any) -> None:
     with start_tensorflow(client, ps=1, worker=2) as cluster, ThreadPoolExecutor(1) as pool:
         watcher = watch(cluster)

@@ -193,6 +193,7 @@ def test_a_step_function_of_ones_own_loses_no_addition(cluster: Any) -> None:
     assert looped.result["w"].shape == (64,)
 
 
+@pytest.mark.slow
 def test_an_asynchronous_client_awaits_a_training(bridges_cluster: LocalCluster, digits: tuple[Any, Any]) -> None:
     X, y = digits
 
@@ -238,6 +239,7 @@ def test_a_cluster_without_servers_cannot_train_on_them(client: Client) -> None:
 # What dies
 
 
+@pytest.mark.slow
 def test_a_killed_worker_is_started_again_and_every_batch_counts(cluster: Any) -> None:
     model = new_model()
     killed = once(cluster, trains, lambda: kill(cluster, "worker:1"))
@@ -281,6 +283,7 @@ def test_a_killed_chief_ends_all_with_the_cause(client: Client, digits: tuple[An
         assert {row["state"] for row in cluster.status()} == {"ended"}
 
 
+@pytest.mark.slow
 def test_a_killed_dask_worker_takes_its_worker_task_along_and_training_goes_on(
     bridges_doomed_client: Client, digits: tuple[Any, Any]
 ) -> None:

@@ -25,7 +25,8 @@ __all__ = ["LABEL", "Start", "plan"]
 
 LABEL = "TensorFlow cluster"
 
-#: TensorFlow's C++ code is quiet unless the caller's environment says otherwise.
+#: TensorFlow's C++ code is quiet unless `environment=` says otherwise. Not unless the client's own variables do:
+#: importing JAX sets one of them.
 QUIET = {"TF_CPP_MIN_LOG_LEVEL": "3", "GRPC_VERBOSITY": "ERROR"}
 
 
@@ -126,14 +127,12 @@ def _serves(task: Task, tasks: Sequence[Task], servers: bool | Sequence[str] | N
 
 
 def _environment(variables: Mapping[str, str] | None) -> Environment:
-    asked = {name: os.environ[name] for name in QUIET if name in os.environ}
     settings: dict[str, str | None] = {
         "KERAS_BACKEND": _backend(),
         "TF_GRPC_REUSE_PORT": "1",  # its Dask worker holds the port
         # Dask's nannies set it: every buffer of tf.data would be given back to the system and fetched again.
         "MALLOC_TRIM_THRESHOLD_": None,
         **QUIET,
-        **asked,
         **(variables or {}),
     }
     return Environment(("tensorflow", "keras"), tuple(sorted(settings.items(), key=lambda item: item[0])))
