@@ -422,8 +422,8 @@ def test_a_model_learns_and_callbacks_see_what_fit_shows_them(cluster: Cluster, 
     assert [each[3] for each in ends] == pytest.approx([0.01, 0.005, 0.01 / 3])
     assert len({tuple(each[4]) for each in ends}) == 3, "predict in a callback used old weights"
     batches = [each[1] for each in told["seen"] if each[0] == "batch"]
-    assert [batch for batch in batches if batch == 66] == [66] * 3
-    assert max(batches) == 66
+    assert [batch for batch in batches if batch == 149] == [149] * 3
+    assert max(batches) == 149
     assert all(each[2] == names for each in told["seen"] if each[0] == "batch")
     assert told["seen"][-1][0] == "over"
 
@@ -497,6 +497,56 @@ def chief_subclass(spec: Any, report: Any) -> Any:
 
 def test_a_subclassed_model_with_a_step_of_its_own(cluster: Cluster) -> None:
     assert cluster.run(chief_subclass) == (["mine", "vector"], 50.0, [50 / 1024] * 3)
+
+
+def chief_many_inputs(spec: Any, report: Any) -> Any:
+    import keras
+    import tensorflow as tf
+
+    from dask_tf.training import connect, fit
+
+    def named() -> Any:
+        x = {"a": tf.ones((4, 2)), "b": tf.ones((4, 3))}
+        y = {"sum": tf.ones((4, 1)), "other": tf.zeros((4,), tf.int64)}
+        return tf.data.Dataset.from_tensors((x, y, {"sum": tf.ones((4,)), "other": tf.ones((4,))}))
+
+    with connect(spec) as coordinator:
+        inputs = {"a": keras.Input((2,), name="a"), "b": keras.Input((3,), name="b")}
+        both = keras.layers.Concatenate()(list(inputs.values()))
+        outputs = {"sum": keras.layers.Dense(1, name="sum")(both), "other": keras.layers.Dense(2, name="other")(both)}
+        model = keras.Model(inputs, outputs)
+        losses = {"sum": "mse", "other": keras.losses.SparseCategoricalCrossentropy(from_logits=True)}
+        model.compile("adam", losses, metrics={"other": ["accuracy"]})
+        history = fit(coordinator, model, named, steps_per_epoch=60, epochs=2)
+        return history.history
+
+
+def test_named_inputs_and_outputs_with_sample_weights(cluster: Cluster) -> None:
+    history = cluster.run(chief_many_inputs)
+    assert sorted(history) == ["loss", "other_accuracy", "other_loss", "sum_loss"]
+    assert history["loss"][1] < history["loss"][0]
+
+
+def chief_mixes(spec: Any, report: Any, policy: str) -> Any:
+    import keras
+
+    from dask_tf.training import connect, fit
+
+    keras.config.set_dtype_policy(policy)
+    with connect(spec) as coordinator:
+        model = network("sgd")
+        history = fit(coordinator, model, classes, steps_per_epoch=60, epochs=2, steps_per_closure=5)
+        return history, sorted({v.dtype for v in model.weights}), int(model.optimizer.iterations.numpy())
+
+
+@pytest.mark.parametrize("policy", ["mixed_bfloat16", "bfloat16", "mixed_float16"])
+def test_other_precisions(cluster: Cluster, policy: str) -> None:
+    history, dtypes, iterations = cluster.run(chief_mixes, policy)
+    assert history.steps == 120
+    assert history.history["loss"][1] < history.history["loss"][0]
+    assert dtypes == (["float32"] if policy.startswith("mixed") else ["bfloat16"])
+    if policy != "mixed_float16":  # where a step may be left out on purpose
+        assert (history.repeated, iterations) == (0, 120)
 
 
 def chief_weighs(spec: Any, report: Any) -> Any:
@@ -718,6 +768,106 @@ def test_a_killed_server_is_named_and_training_resumes_from_the_checkpoint(doome
     assert told["history"].repeated == 0
 
 
+def chief_is_interrupted(spec: Any, report: Any, folder: str) -> Any:
+    """Stops in the middle of its second epoch, right after a checkpoint there."""
+    from dask_bridges.checkpoints import Checkpoints
+    from dask_tf.training import connect, fit
+
+    kept = Checkpoints(folder)
+    with connect(spec) as coordinator:
+        model = linear(metrics=["mse"])
+        history = fit(
+            coordinator,
+            model,
+            ones,
+            steps_per_epoch=200,
+            epochs=2,
+            steps_per_closure=10,
+            checkpoint=kept,
+            checkpoint_seconds=0.0,
+            should_stop=lambda: (kept.latest() or 0) > 250,
+        )
+        return history.steps, int(model.optimizer.iterations.numpy()), kept.latest()
+
+
+def chief_resumes(spec: Any, report: Any, folder: str) -> Any:
+    from dask_bridges.checkpoints import Checkpoints
+    from dask_tf.training import connect, fit
+
+    with connect(spec) as coordinator:
+        model = linear(metrics=["mse"])
+        history = fit(coordinator, model, ones, steps_per_epoch=200, epochs=2, checkpoint=Checkpoints(folder))
+        samples = float(model.metrics[0].count.numpy())
+        return history, int(model.optimizer.iterations.numpy()), samples, model.get_weights()[0].ravel().tolist()
+
+
+def test_another_chief_goes_on_in_the_middle_of_an_epoch(cluster: Cluster, tmp_path: Any) -> None:
+    steps, iterations, latest = cluster.run(chief_is_interrupted, str(tmp_path))
+    assert 250 < steps < 400
+    assert steps == iterations == latest
+    history, iterations, samples, weights = cluster.run(chief_resumes, str(tmp_path))
+    assert history.steps == iterations == 400
+    assert samples == 4 * 200, "the metrics of the epoch that was interrupted go on too"
+    assert weights == [400 / 1024] * 3
+    assert history.epoch == [0, 1]
+    assert len(history.history["loss"]) == 2
+
+
+def chief_loops(spec: Any, report: Any, folder: str, steps: int) -> Any:
+    import tensorflow as tf
+
+    from dask_bridges.checkpoints import Checkpoints
+    from dask_tf.training import connect, train
+
+    class State(tf.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.sum = tf.Variable([0.0, 0.0])
+
+    def step(state: Any, batch: Any) -> Any:
+        if tf.reduce_sum(batch[0]) > 0:  # AutoGraph's
+            state.sum.assign_add([1.0, 2.0])
+        return {"both": state.sum}
+
+    with connect(spec) as coordinator:
+        done = train(coordinator, State, step, ones, steps=steps, checkpoint=Checkpoints(folder))
+        return done.steps, done.repeated, done.state.sum.numpy().tolist(), list(done.values)
+
+
+def test_a_step_function_of_ones_own_goes_on_from_a_checkpoint(cluster: Cluster, tmp_path: Any) -> None:
+    assert cluster.run(chief_loops, str(tmp_path), 100) == (100, 0, [100.0, 200.0], ["both"])
+    assert cluster.run(chief_loops, str(tmp_path), 250) == (250, 0, [250.0, 500.0], ["both"])
+
+
+def chief_fails_in_a_callback(spec: Any, report: Any) -> Any:
+    import keras
+
+    from dask_tf.training import connect, fit
+
+    class Fails(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+            if batch >= 30:
+                raise KeyError("mine")
+
+    with connect(spec) as coordinator:
+        model = linear()
+        try:
+            fit(coordinator, model, ones, steps_per_epoch=1000, callbacks=[Fails()])
+        except KeyError as error:
+            before = int(model.optimizer.iterations.numpy())
+            model.predict(np.ones((1, 3), "float32"), verbose=0)
+            fit(coordinator, model, ones, steps_per_epoch=10)
+            return str(error), before, int(model.optimizer.iterations.numpy()), model.get_weights()[0].ravel().tolist()
+
+
+def test_a_callback_that_raises_ends_the_training_with_the_newest_values_at_home(cluster: Cluster) -> None:
+    error, before, after, weights = cluster.run(chief_fails_in_a_callback)
+    assert error == "'mine'"
+    assert 30 < before < 1000
+    assert after == before + 10
+    assert weights == [after / 1024] * 3
+
+
 def chief_looks(spec: Any, report: Any, timeout: float) -> Any:
     from dask_tf.training import connect
 
@@ -762,6 +912,25 @@ def chief_twice(spec: Any, report: Any) -> Any:
             history = fit(coordinator, model, ones, steps_per_epoch=8)
             counts.append((history.steps, int(model.optimizer.iterations.numpy())))
     return counts
+
+
+def chief_trains_many(spec: Any, report: Any, models: int) -> Any:
+    from dask_tf.training import connect, fit
+
+    resident = []
+    with connect(spec) as coordinator:
+        for n in range(models):
+            model = network("sgd")
+            fit(coordinator, model, classes, steps_per_epoch=100)
+            report("trained", n=n)
+            resident.append(os.popen(f"ps -o rss= -p {os.getpid()}").read())
+    return [int(each) / 1024 for each in resident]
+
+
+@pytest.mark.slow
+def test_forty_models_in_one_chief_cost_it_little_memory(cluster: Cluster) -> None:
+    resident = cluster.run(chief_trains_many, 40)
+    assert resident[-1] - resident[9] < 30 * 5, "MB a model"
 
 
 def chief_closes(spec: Any, report: Any) -> Any:

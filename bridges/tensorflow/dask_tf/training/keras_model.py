@@ -99,7 +99,9 @@ def fit(
     steps_per_epoch : int
         Batches an epoch, over all workers together; exactly so many are done.
     epochs, initial_epoch, callbacks, validation_steps, validation_freq, class_weight, verbose
-        As in ``keras.Model.fit``. Batch callbacks are called once for the batches of one scheduled function.
+        As in ``keras.Model.fit``. Batch callbacks are called once for the batches of one scheduled function; they may
+        read and assign variables, but not call ``evaluate``, ``predict`` or ``fit``, which would cancel what the
+        workers are doing. Epoch callbacks may.
     validation_data : optional
         As in ``keras.Model.fit``, or a function that returns it. Evaluated in this process.
     steps_per_closure : int, optional
