@@ -34,9 +34,10 @@ def visit(backend: str) -> subprocess.Popen[str]:
 
 
 @pytest.fixture(scope="module")
-def visits() -> Iterator[dict[str, subprocess.Popen[str]]]:
-    """All at once: they compile on one core each."""
-    started = {backend: visit(backend) for backend in BACKENDS if find_spec(backend)}
+def visits(request: pytest.FixtureRequest) -> Iterator[dict[str, subprocess.Popen[str]]]:
+    """All that are to be tested at once: they compile on one core each."""
+    wanted = {item.callspec.params["backend"] for item in request.session.items if item.path == request.path}
+    started = {backend: visit(backend) for backend in BACKENDS if backend in wanted and find_spec(backend)}
     yield started
     for process in started.values():
         process.kill()
@@ -44,7 +45,9 @@ def visits() -> Iterator[dict[str, subprocess.Popen[str]]]:
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    "backend", [BACKENDS[0], *(pytest.param(backend, marks=pytest.mark.slow) for backend in BACKENDS[1:])]
+)
 def test_every_model_of_the_zoo_arrives_whole(visits: dict[str, subprocess.Popen[str]], backend: str) -> None:
     if backend not in visits:
         pytest.skip(f"{backend} is not installed")

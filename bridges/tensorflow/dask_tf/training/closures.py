@@ -11,6 +11,7 @@ from typing import Any
 
 from dask_bridges.errors import DataError
 from dask_tf.training.coordinator import Coordinator
+from dask_tf.training.steps import name
 
 __all__ = ["Done", "Pace", "Pump"]
 
@@ -80,8 +81,7 @@ class Pump:
     ----------
     coordinator : Coordinator
     function : tf.function
-        ``function(iterator, n)`` takes up to `n` batches from its worker's iterator and returns
-        ``(steps done, values)``.
+        See :class:`~dask_tf.training.steps.ManySteps`.
     iterator : PerWorkerValues
         From :meth:`Coordinator.iterate`.
     """
@@ -95,6 +95,8 @@ class Pump:
         self._came: queue.SimpleQueue[tuple[int, Any, Exception | None]] = queue.SimpleQueue()
         self._over = threading.Event()
         self._under_way = 0
+        self._empty: set[float] = set()  # workers whose last answer was that they have no data
+        self._names, _ = coordinator.iterate(name)
         for n in range(self.window):
             threading.Thread(target=self._wait, name=f"dask-tf-wait-{n}", daemon=True).start()
 
@@ -109,6 +111,7 @@ class Pump:
             See :class:`Coordinator`. Whatever else a step raised is raised as it is.
         """
         left, resting = steps, 0
+        heard = time.monotonic()
         while left > 0 or self._under_way:
             if left > 0 and stop():
                 left = 0
@@ -120,15 +123,26 @@ class Pump:
                 left -= size
             if not self._under_way:
                 if left > 0:
-                    raise DataError("the dataset is empty in every worker: no step could be done")
-                return
+                    self._ask_again(time.monotonic() - heard)
+                    resting = self.window - 1
+                continue
             size, done = self._next()
             if done.steps < size:
                 left += size - done.steps if not stop() else 0
             resting = resting + 1 if done.steps == 0 else max(0, resting - 1)
             if done.steps:
+                heard = time.monotonic()
                 pace.took(done.steps)
                 yield done
+
+    def _ask_again(self, silent: float) -> None:
+        """All answers were empty: another worker may not have come to answer yet."""
+        if len(self._empty) >= self.coordinator.workers or silent > self.coordinator.timeout:
+            raise DataError(
+                f"the dataset is empty in every worker that answers ({len(self._empty)} of {self.coordinator.workers}): "
+                "no step could be done"
+            )
+        self._over.wait(0.05)
 
     def drain(self) -> None:
         """Wait, after an error, until no worker does anything more; further errors are not raised."""
@@ -151,7 +165,9 @@ class Pump:
         import tensorflow as tf
 
         try:
-            value = self.coordinator.cluster.schedule(self.function, args=(self.iterator, tf.constant(size, tf.int32)))
+            value = self.coordinator.cluster.schedule(
+                self.function, args=(self.iterator, self._names, tf.constant(size, tf.int32))
+            )
         except Exception as error:
             raise self.coordinator.cause(error) from error
         self._under_way += 1
@@ -170,7 +186,8 @@ class Pump:
             if error is not None:
                 self.coordinator.check()
                 raise self.coordinator.cause(error) from error
-            steps, values = value
+            (steps, worker), values = value
+            (self._empty.discard if steps else self._empty.add)(float(worker))
             return size, Done(int(steps), values)
 
     def _wait(self) -> None:

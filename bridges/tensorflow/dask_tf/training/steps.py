@@ -5,13 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-__all__ = ["ManySteps"]
+__all__ = ["ManySteps", "name"]
+
+
+def name() -> Any:
+    """A dataset of one number for ever, another one in each worker: the moment it was made there."""
+    import tensorflow as tf
+
+    return tf.data.Dataset.from_tensors(tf.timestamp()).repeat()
 
 
 class ManySteps:
-    """A function of (iterator, n) that does up to n steps and returns (steps done, values).
+    """A function of (iterator, names, n) that does up to n steps and returns ((steps done, worker), values).
 
-    Fewer than n are done where the iterator has ended.
+    Fewer than n are done where the iterator has ended. `names` is an iterator of :func:`name`.
 
     Parameters
     ----------
@@ -64,7 +71,7 @@ class ManySteps:
 
         return tf.nest.map_structure(first, values)
 
-    def _many(self, iterator: Any, n: Any) -> Any:
+    def _many(self, iterator: Any, names: Any, n: Any) -> Any:
         import tensorflow as tf
 
         specs = self._one.get_concrete_function(self._spec).structured_outputs or {}
@@ -87,7 +94,7 @@ class ManySteps:
             assert self._result is not None
             with tf.control_dependencies([done]):
                 values = self._result()
-        return done, self._pack(values)
+        return tf.stack([tf.cast(done, tf.float64), names.get_next()]), self._pack(values)
 
     def _pack(self, values: Any) -> Any:
         import tensorflow as tf
