@@ -137,11 +137,10 @@ class Pump:
 
     def _ask_again(self, silent: float) -> None:
         """All answers were empty: another worker may not have come to answer yet."""
-        if len(self._empty) >= self.coordinator.workers or silent > self.coordinator.timeout:
-            raise DataError(
-                f"the dataset is empty in every worker that answers ({len(self._empty)} of {self.coordinator.workers}): "
-                "no step could be done"
-            )
+        workers = self.coordinator.workers
+        if len(self._empty) >= workers or silent > self.coordinator.timeout:
+            answers = "every worker" if len(self._empty) >= workers else "every worker that answers"
+            raise DataError(f"the dataset is empty in {answers}: no step could be done")
         self._over.wait(0.05)
 
     def drain(self) -> None:
