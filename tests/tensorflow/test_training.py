@@ -184,13 +184,13 @@ def values_of(state: Any) -> dict[str, Any]:
 
 
 def test_a_step_function_of_ones_own_loses_no_addition(cluster: Any) -> None:
-    looped = dask_tf.train(
+    trained = dask_tf.train(
         cluster, build_linear, step_linear, steps=400, batch_size=20, result=values_of, shuffle=False, progress=False
     )
-    assert looped.steps == 400
-    assert looped.repeated == 0
-    assert looped.result["rows"] == 400 * 20
-    assert looped.result["w"].shape == (64,)
+    assert trained.steps == 400
+    assert trained.repeated == 0
+    assert trained.state["rows"] == 400 * 20
+    assert trained.state["w"].shape == (64,)
 
 
 @pytest.mark.slow

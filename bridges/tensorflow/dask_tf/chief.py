@@ -195,7 +195,7 @@ def train_here(work: LoopWork) -> bytes:
     Returns
     -------
     bytes
-        Pickled, for the client: values, steps, steps done twice, and what was to be returned of the state.
+        Pickled, for the client: a `Trained`, with what was to be returned of the state in its place.
     """
     from dask_tf.training import connect, train
 
@@ -217,8 +217,8 @@ def train_here(work: LoopWork) -> bytes:
             should_stop=run.stopped.is_set,
             **work.options,
         )
-        kept = None if result is None else result(trained.state)
-        return bytes(dumps((trained.values, trained.steps, trained.repeated, kept)))
+        trained.state = None if result is None else result(trained.state)
+        return bytes(dumps(trained))
 
 
 def _reporter(process: RoleProcess) -> Callable[..., None]:

@@ -8,7 +8,7 @@ import math
 import pickle
 import uuid
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,12 +23,12 @@ from dask_bridges.ui.progress import ProgressBar, wants_bar
 from dask_tf import chief, hosting, scoring, upstream
 from dask_tf.chief import FitWork, LoopWork, Source
 from dask_tf.cluster import TensorFlowCluster
-from dask_tf.training import History, ServerLost
+from dask_tf.training import History, ServerLost, Trained
 
 if TYPE_CHECKING:
     from dask_tf.feeding import Feed
 
-__all__ = ["Looped", "Scorer", "fit", "train"]
+__all__ = ["Scorer", "fit", "train"]
 
 #: How often a training goes on from its last checkpoint.
 ATTEMPTS = 3
@@ -53,28 +53,6 @@ class Scorer:
     every: float = 5.0
     until: Callable[[dict[str, float]], bool] | None = None
     batch_size: int = 1024
-
-
-@dataclass
-class Looped:
-    """What `train` gives.
-
-    Attributes
-    ----------
-    values : dict
-        What the last step to come back returned.
-    steps : int
-        Steps done, each counted once.
-    repeated : int
-        How many more were done, since workers were lost and their steps done again elsewhere.
-    result : object
-        What ``result(state)`` returned in the chief.
-    """
-
-    values: dict[str, Any] = field(default_factory=dict)
-    steps: int = 0
-    repeated: int = 0
-    result: Any = None
 
 
 def fit(
@@ -258,8 +236,8 @@ def train(
 
     Returns
     -------
-    Looped
-        An awaitable of it with an asynchronous client.
+    Trained
+        Its `state` is what `result` returned. An awaitable of it with an asynchronous client.
 
     Raises
     ------
@@ -290,9 +268,10 @@ def train(
         {"steps": steps, "steps_per_closure": steps_per_closure, "checkpoint_seconds": checkpoint_seconds},
     )
 
-    async def run() -> Looped:
+    async def run() -> Trained:
         async with training.prepared():
-            return Looped(*pickle.loads(await training.attempts(chief.train_here, work)))
+            trained: Trained = pickle.loads(await training.attempts(chief.train_here, work))
+            return trained
 
     return clients.call(cluster.client, run)
 

@@ -30,7 +30,8 @@ class Trained:
     repeated : int
         How many more were done since workers were lost and their functions done again elsewhere.
     state : object
-        What ``build`` returned; its variables live on the servers until the coordinator closes.
+        What ``build`` returned; its variables live on the servers until the coordinator closes. On a client,
+        what its ``result`` made of it.
     """
 
     values: dict[str, Any] = field(default_factory=dict)
