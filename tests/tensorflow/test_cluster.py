@@ -217,11 +217,12 @@ def test_an_asynchronous_client_awaits_all(start: Start, bridges_cluster: LocalC
 
 
 def test_a_cluster_starts_inside_a_task(start: Start, bridges_client: Client) -> None:
-    assert bridges_client.submit(start_in_task, pure=False).result() == ["worker:0", "worker:1"]
+    found = bridges_client.submit(start_in_task, pure=False).result(60)
+    assert found == [f"worker:{index}" for index in range(3)]
 
 
 def start_in_task() -> list[str]:
-    with start_tensorflow(ps=1, worker=2) as cluster:
+    with start_tensorflow() as cluster:  # one of its tasks is on the worker of this one, which has one thread
         found: list[str] = get_client().gather(cluster.run("worker", name_of, cluster))
         return found
 
@@ -414,12 +415,13 @@ def test_a_task_that_dies_while_it_starts_is_named_with_its_last_lines(
     start: Start, bridges_client: Client, tmp_path: Path
 ) -> None:
     (tmp_path / "sitecustomize.py").write_text(_DIES)
+    before = footprint(bridges_client)
     with pytest.raises(
         MemberLost, match=r"(ps|worker|chief):0 was lost.* exit code 4(.|\n)*said last:\nno such network"
     ):
         start(ps=1, worker=1, environment={"PYTHONPATH": str(tmp_path)})
     assert leftovers(bridges_client) == {}
-    assert [found["children"] for found in footprint(bridges_client).values()] == [[], [], []]
+    wait_until_same(bridges_client, before, timeout=10)
 
 
 def test_a_keras_that_cannot_be_imported_says_why(start: Start, bridges_client: Client) -> None:

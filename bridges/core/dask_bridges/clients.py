@@ -10,7 +10,7 @@ from typing import Any
 from distributed import Client, Worker, get_client, get_worker, rejoin, secede
 from distributed.worker import thread_state
 
-__all__ = ["call", "current"]
+__all__ = ["call", "current", "lend_slot"]
 
 #: Seconds between two looks at whether the task around a call was cancelled.
 LOOK = 0.5
@@ -51,14 +51,23 @@ def call(client: Client, function: Callable[..., Coroutine[Any, Any, Any]], *arg
     if key is None or client.asynchronous:
         return client.sync(function, *args, **kwargs)
     work = functools.partial(_unless_cancelled, get_worker(), key, function, *args, **kwargs)
-    try:
-        secede()
-    except (KeyError, ValueError, AttributeError):  # the task has seceded by itself
+    if not lend_slot():
         return client.sync(work)
     try:
         return client.sync(work)
     finally:
         rejoin()
+
+
+def lend_slot() -> bool:
+    """Lend out the slot of the Dask task this is called in, to tasks it will wait for; whether there was one."""
+    if getattr(thread_state, "key", None) is None:
+        return False
+    try:
+        secede()
+    except (KeyError, ValueError, AttributeError):  # the task has seceded by itself
+        return False
+    return True
 
 
 async def _unless_cancelled(

@@ -379,8 +379,13 @@ class TensorFlowCluster:
         -------
         list of Future
             One a task, in their order. Where a task is lost its future raises `MemberLost`.
+
+        Notes
+        -----
+        Called in a Dask task, it has that task secede: the calls may need its slot.
         """
         call = dumps((function, args, kwargs))
+        clients.lend_slot()
         return [self._call(rank, hosting.call_in_task, call) for rank in self._ranks(role)]
 
     def feed(
