@@ -14,6 +14,7 @@ import pytest
 from distributed import Client, LocalCluster
 
 import dask_bridges
+import dask_keras
 import dask_tf
 import dask_xgboost
 
@@ -23,10 +24,10 @@ ROOT = Path(__file__).parents[2]
 def _modules() -> list[str]:
     found = [
         info.name
-        for package in (dask_bridges, dask_tf, dask_xgboost)
+        for package in (dask_bridges, dask_keras, dask_tf, dask_xgboost)
         for info in pkgutil.walk_packages(package.__path__, f"{package.__name__}.")
     ]
-    return ["dask_bridges", "dask_tf", "dask_xgboost", *found]
+    return ["dask_bridges", "dask_keras", "dask_tf", "dask_xgboost", *found]
 
 
 def _block(page: str, containing: str) -> str:

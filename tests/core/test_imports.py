@@ -21,7 +21,7 @@ def measured(module: str) -> tuple[float, set[str]]:
     return float(seconds), set(loaded)
 
 
-@pytest.mark.parametrize("module", ["dask_bridges", "dask_xgboost", "dask_tf", "dask_serializers"])
+@pytest.mark.parametrize("module", ["dask_bridges", "dask_xgboost", "dask_tf", "dask_keras", "dask_serializers"])
 def test_importing_takes_under_a_second_and_loads_no_framework(module: str) -> None:
     runs = [measured(module) for _ in range(3)]
     assert [loaded for _, loaded in runs] == [set()] * 3

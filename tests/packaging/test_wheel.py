@@ -42,12 +42,13 @@ def test_the_wheel_holds_the_packages_and_what_they_read(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
         entry_points = next(archive.read(name).decode() for name in names if name.endswith("entry_points.txt"))
-    for package in ("dask_bridges", "dask_xgboost", "dask_tf", "dask_serializers"):
+    for package in ("dask_bridges", "dask_xgboost", "dask_tf", "dask_keras", "dask_serializers"):
         assert {f"{package}/__init__.py", f"{package}/py.typed"} <= names
     assert "dask_bridges/dask-bridges.yaml" in names
     assert any(name.endswith("licenses/LICENSE") for name in names)
     assert {name.partition("/")[0].partition("-")[0] for name in names} == {
         "dask_bridges",
+        "dask_keras",
         "dask_serializers",
         "dask_tf",
         "dask_xgboost",

@@ -108,7 +108,7 @@ from distributed import Scheduler
 
 class Missing:
     def find_spec(self, name, path=None, target=None):
-        ours = {"dask_bridges", "dask_xgboost", "dask_tf", "dask_serializers"}
+        ours = {"dask_bridges", "dask_xgboost", "dask_tf", "dask_keras", "dask_serializers"}
         if name.partition(".")[0] in ours | {"xgboost", "tensorflow", "keras"}:
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
