@@ -295,6 +295,7 @@ def reduce_late(collective: Collective) -> None:
         (reduce(5), barrier, ("all_reduce of 5 float32", "barrier")),
         (spread(5, 0), spread(5, 1), ("from rank 0", "from rank 1")),
         (spread(500_000, 0), barrier, ("broadcast of 500000 float64", "barrier")),
+        (spread(5, 0), barrier, ("broadcast of 5 float64", "barrier")),
         (lambda collective: collective.all_gather(b"a"), reduce(2), ("all_gather", "all_reduce of 2")),
         (reduce(5, "float64"), reduce_late, ("all_reduce of 5 float64 (operation 1)", "barrier (operation 1)")),
     ],
@@ -430,7 +431,8 @@ def test_behind_another_address_a_member_listens_on_all(monkeypatch: pytest.Monk
 # Ends
 
 
-def test_a_peer_that_leaves_is_lost_to_the_others() -> None:
+def test_a_peer_that_leaves_is_lost_to_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ring, "GRACE", 60.0)  # they are told so, and need not wait
     with ranks(4) as gang:
         errors = gang.errors(reduce(1_000_000), reduce(1_000_000), Collective.close, reduce(1_000_000))
         assert errors[2] is None
@@ -535,19 +537,21 @@ def test_a_lost_peer_is_told_apart_by_its_echoes() -> None:
 
 
 def test_the_range_of_ports_is_kept_to_and_freed() -> None:
-    board = Board(3)
+    first = 20_000 + os.getpid() % 2000 * 3  # below those that connections are given
+    wanted = {first, first + 1, first + 2}
     ports: list[int] = []
-    board.spy = lambda told: ports.extend(port for _, port, _ in told.values())
-    with socket.socket() as one:
-        one.bind(("", 0))
-        first = one.getsockname()[1]
-    with dask.config.set({"dask-bridges.collective-port": f"{first}:{first + 20}"}), ranks(3, board) as gang:
-        assert set(ports) <= set(range(first, first + 21))
-        assert len(set(ports)) == 3
-        for port in ports:
-            with pytest.raises(ConnectionRefusedError):
-                socket.create_connection(("127.0.0.1", port), timeout=5)
-        assert gang.do(lambda collective: collective.all_gather(b"")) == [[b""] * 3] * 3
+    with contextlib.ExitStack() as stack, dask.config.set({"dask-bridges.collective-port": f"{first}:{first + 2}"}):
+        for _ in range(2):  # also while others are connected by them, and right after
+            for _ in range(2):
+                board = Board(3)
+                board.spy = lambda told: ports.extend(port for _, port, _ in told.values())
+                gang = stack.enter_context(ranks(3, board))
+                assert set(ports) == wanted
+                for port in wanted:
+                    with pytest.raises(ConnectionRefusedError):
+                        socket.create_connection(("127.0.0.1", port), timeout=5)
+                assert gang.do(lambda collective: collective.all_gather(b"")) == [[b""] * 3] * 3
+            stack.pop_all().close()
 
 
 def test_no_free_port_is_an_error_that_names_the_setting() -> None:

@@ -9,19 +9,18 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
 import hmac
+import itertools
 import secrets
 import socket
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from dask_bridges.collective.ring import Peer, lost
-from dask_bridges.errors import BridgeError, GangTimeout, MemberStopped
+from dask_bridges.errors import BridgeError, GangTimeout, MemberStopped, PlacementError
 from dask_bridges.member import Member
-from dask_bridges.ports import held_port, port_range
+from dask_bridges.ports import port_range
 
 __all__ = ["meet", "peers_of"]
 
@@ -52,24 +51,27 @@ def meet(member: Member, port: int | str, timeout: float) -> tuple[socket.socket
         return asyncio.run(meeting.hold(deadline - time.monotonic()))
 
 
-@contextlib.contextmanager
-def _listener(member: Member, port: int | str) -> Iterator[socket.socket]:
-    who = f"the collective of {member.label}'s {member.name} (dask-bridges.collective-port)"
-    with held_port(port_range(port, "collective-port"), member.host, who) as held:
-        family = socket.getaddrinfo(member.host, held, type=socket.SOCK_STREAM)[0][0]
-        with _bound(family, member.host, held) as listener:
-            listener.setblocking(False)
-            yield listener
+def _listener(member: Member, port: int | str) -> socket.socket:
+    """A socket that listens on a port of a range.
 
-
-def _bound(family: int, host: str, port: int) -> socket.socket:
-    try:
-        return socket.create_server((host, port), family=family, reuse_port=True)
-    except OSError as error:
-        if error.errno != errno.EADDRNOTAVAIL:
-            raise
+    Bound and listening at once, so that no other has the port; with what is left of older connections
+    to it, which a process that binds without `SO_REUSEADDR`, as `held_port` does, would find it taken by.
+    """
+    ports = port_range(port, "collective-port")
+    family = socket.getaddrinfo(member.host, None, type=socket.SOCK_STREAM)[0][0]
     # The address by which a worker is reached need not be one of its own machine's, as in a container.
-    return socket.create_server(("", port), family=family, reuse_port=True)
+    for host, one in itertools.product((member.host, ""), ports):
+        try:
+            listener = socket.create_server((host, one), family=family)
+        except OSError as error:
+            why = error
+        else:
+            listener.setblocking(False)
+            return listener
+    raise PlacementError(
+        f"{member.label}: {member.name} can listen on none of the ports {ports[0]} to {ports[-1]} of {member.host} for "
+        f"its collective ({why}): set dask-bridges.collective-port to a larger range, or to 0 for any free one"
+    )
 
 
 @dataclass(frozen=True)
