@@ -431,14 +431,24 @@ def test_behind_another_address_a_member_listens_on_all(monkeypatch: pytest.Monk
 # Ends
 
 
-def test_a_peer_that_leaves_is_lost_to_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("length", [9, 1_000_000])
+def test_a_peer_that_leaves_is_lost_to_the_others(monkeypatch: pytest.MonkeyPatch, length: int) -> None:
     monkeypatch.setattr(ring, "GRACE", 60.0)  # they are told so, and need not wait
     with ranks(4) as gang:
-        errors = gang.errors(reduce(1_000_000), reduce(1_000_000), Collective.close, reduce(1_000_000))
+        errors = gang.errors(reduce(length), reduce(length), Collective.close, reduce(length))
         assert errors[2] is None
         for rank in (0, 1, 3):
             assert isinstance(errors[rank], PeerLost)
             assert "rank 2 on tcp://127.0.0.1:40002" in str(errors[rank])
+
+
+def test_who_waits_for_others_hears_that_a_peer_leaves(waiting: Waiting) -> None:
+    with ranks(4) as gang, ThreadPoolExecutor(1) as pool:
+        future = pool.submit(barrier, gang.collectives[1])
+        waiting(1)
+        gang.collectives[2].close()
+        with pytest.raises(PeerLost, match=r"rank 2 on .* has left the collective, before operation 1"):
+            future.result(5)
 
 
 def test_a_peer_that_leaves_after_its_part_is_no_loss() -> None:
