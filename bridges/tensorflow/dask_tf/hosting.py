@@ -9,20 +9,18 @@ from __future__ import annotations
 
 import collections
 import contextlib
-import functools
-import os
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from distributed import Worker, secede
+from distributed import secede
 
 from dask_bridges.errors import MemberLost, MemberStopped
 from dask_bridges.partitions import Part, take
 from dask_bridges.ports import held_port
 from dask_bridges.processes import Child
+from dask_bridges.processes.memberspool import member_spool
 from dask_bridges.processes.spool import Spool
 from dask_bridges.task import WorkerMember
 from dask_tf import encoding, serving
@@ -207,7 +205,7 @@ def host_task(member: WorkerMember, spec: RoleSpec) -> None:
         by_role: dict[str, list[str]] = {}
         for other, address in zip(spec.tasks, addresses):
             by_role.setdefault(other.role, []).append(address)
-        spool, descriptor = stack.enter_context(_spool(member))
+        spool, descriptor = stack.enter_context(member_spool(member))
         hosted = Hosted(member, spec, addresses[member.rank], spool)
         threads = spec.threads or member.worker.state.nthreads
 
@@ -219,30 +217,6 @@ def host_task(member: WorkerMember, spec: RoleSpec) -> None:
                 member.emit(RoleEmpty, worker=member.worker.address)
                 hosted.wait_for_feeds()
             hosted.run(work, {SPOOL_FD: descriptor})
-
-
-@contextlib.contextmanager
-def _spool(member: WorkerMember) -> Iterator[tuple[Spool, int]]:
-    """The folder of a task's partitions, and a descriptor of it."""
-    worker = member.worker
-    name = f"{member.gang}-{member.rank}"
-    with Spool(
-        name, budget=functools.partial(_memory_left, worker), overflow=worker.local_directory, told=member.log
-    ) as spool:
-        descriptor = os.open(spool.path, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            yield spool, descriptor
-        finally:
-            os.close(descriptor)
-
-
-def _memory_left(worker: Worker) -> int:
-    """Bytes between what a Dask worker may use, and what it uses with the files that it keeps in memory."""
-    limit = worker.memory_manager.memory_limit
-    if not limit:
-        return sys.maxsize
-    kept = sum(hosted.spool.nbytes for hosted in _hosted.values() if hosted.member.worker is worker)
-    return int(limit - worker.monitor.get_process_memory() - kept)
 
 
 @contextlib.contextmanager

@@ -21,7 +21,7 @@ from dask_bridges.processes import Environment
 from dask_tf.hosting import host_task
 from dask_tf.roles import ESSENTIAL, RoleSpec, Task, assign, parse_roles, per_role
 
-__all__ = ["LABEL", "Start", "plan"]
+__all__ = ["LABEL", "QUIET", "Start", "keras_backend", "plan"]
 
 LABEL = "TensorFlow cluster"
 
@@ -128,7 +128,7 @@ def _serves(task: Task, tasks: Sequence[Task], servers: bool | Sequence[str] | N
 
 def _environment(variables: Mapping[str, str] | None) -> Environment:
     settings: dict[str, str | None] = {
-        "KERAS_BACKEND": _backend(),
+        "KERAS_BACKEND": keras_backend(),
         "TF_GRPC_REUSE_PORT": "1",  # its Dask worker holds the port
         # Dask's nannies set it: every buffer of tf.data would be given back to the system and fetched again.
         "MALLOC_TRIM_THRESHOLD_": None,
@@ -138,7 +138,7 @@ def _environment(variables: Mapping[str, str] | None) -> Environment:
     return Environment(("tensorflow", "keras"), tuple(sorted(settings.items(), key=lambda item: item[0])))
 
 
-def _backend() -> str:
+def keras_backend() -> str:
     """The Keras backend of this process, whether or not Keras is imported."""
     if "keras" in sys.modules:
         return str(sys.modules["keras"].backend.backend())

@@ -1,0 +1,169 @@
+"""The callbacks of a training on several ranks: the user's run on rank 0, and the others do as they say."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import keras
+import numpy as np
+
+from dask_bridges.processes import ChildMember
+from dask_keras import upstream
+from dask_keras.synchronous import Replicas, apart, host, moving
+
+__all__ = ["Agreement"]
+
+#: Seconds between two signs of progress within an epoch.
+_PAUSE = 0.2
+
+
+class Agreement(keras.callbacks.CallbackList):  # type: ignore[misc]
+    """What each rank gives `fit` for callbacks.
+
+    Parameters
+    ----------
+    member : ChildMember
+    replicas : Replicas
+    callbacks : sequence of keras.callbacks.Callback
+        The user's, on rank 0; none elsewhere.
+    model : keras.Model
+        A replica.
+    epochs, steps : int
+        As callbacks are told.
+    """
+
+    def __init__(
+        self,
+        member: ChildMember,
+        replicas: Replicas,
+        callbacks: Sequence[Any],
+        model: Any,
+        epochs: int,
+        steps: int,
+    ) -> None:
+        self._member, self._replicas = member, replicas
+        told = replicas.collective.all_gather(json.dumps(_wishes(callbacks)).encode())[0]
+        self._some, self._batchwise, self._no_nan = json.loads(told)
+        self._spared: list[Any] = []
+        self._epochs, self._steps = epochs, steps
+        self._last, self._batch = 0.0, 0
+        super().__init__(list(callbacks), add_history=True, model=model, verbose=0, epochs=epochs, steps=steps)
+
+    # The course of a training
+
+    def on_train_begin(self, logs: Any = None) -> None:
+        """All begin with the weights of rank 0."""
+        with apart(self.model):
+            super().on_train_begin(logs)
+        self._follow()
+        (first,) = self._told(upstream.initial_epoch(self.model))
+        upstream.set_initial_epoch(self.model, first)
+
+    def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
+        """All go on with the weights and the learning rate of rank 0, which its callbacks may have changed."""
+        with apart(self.model):
+            super().on_epoch_begin(epoch, logs)
+        if self._some:
+            self._follow()
+
+    def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
+        """Where rank 0 has callbacks for batches, all have its learning rate."""
+        with apart(self.model):
+            super().on_train_batch_begin(batch, logs)
+        if self._batchwise:
+            self._follow_learning_rate()
+        if not self._replicas.share:
+            self._spare()
+
+    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+        """Where rank 0 has callbacks for batches, all stop with it."""
+        self._restore()
+        with apart(self.model):
+            super().on_train_batch_end(batch, logs)
+        if self._batchwise:
+            self._agree_to_stop(batch, logs)
+        self._member.check()
+        self._show(batch)
+
+    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+        """All stop with rank 0."""
+        with apart(self.model):
+            super().on_epoch_end(epoch, logs)
+        (self.model.stop_training,) = self._told(bool(self.model.stop_training))
+        if self._replicas.rank == 0:
+            self._member.metrics(epoch, {name: float(value) for name, value in (logs or {}).items()})
+            self._member.progress((epoch + 1) * self._steps, self._epochs * self._steps, "batch")
+
+    def on_train_end(self, logs: Any = None) -> None:
+        """The end."""
+        with apart(self.model):
+            super().on_train_end(logs)
+
+    # Agreeing
+
+    def _told(self, *values: Any) -> tuple[Any, ...]:
+        """What rank 0 says."""
+        words: list[Any] = json.loads(self._replicas.collective.all_gather(json.dumps(values).encode())[0])
+        return tuple(words)
+
+    def _follow(self) -> None:
+        model = self.model
+        weights = [v for v in model.variables if "float" in str(v.dtype)]  # the others: where random numbers come from
+        self._replicas.follow([*weights, *model.optimizer.variables])
+
+    def _follow_learning_rate(self) -> None:
+        optimizer = self.model.optimizer
+        upstream.sync(self.model)
+        if not upstream.has_schedule(optimizer):
+            now = float(host(optimizer.learning_rate))
+            (rate,) = self._told(now)
+            if rate != now:
+                optimizer.learning_rate = rate
+
+    def _agree_to_stop(self, batch: int, logs: Any) -> None:
+        loss = float((logs or {}).get("loss", 0.0)) if self._no_nan else 0.0
+        words = json.dumps([bool(self.model.stop_training), math.isfinite(loss)]).encode()
+        found = [json.loads(word) for word in self._replicas.collective.all_gather(words)]
+        self.model.stop_training = found[0][0]
+        ranks = [rank for rank, (_, finite) in enumerate(found) if not finite]
+        if ranks:
+            self.model.stop_training = True
+            if self._replicas.rank == 0:
+                self._member.log(f"the loss is not finite at batch {batch} on rank {', '.join(map(str, ranks))}: ends")
+
+    # Steps in which this rank has no row
+
+    def _spare(self) -> None:
+        """Remember what the row that stands in must not change."""
+        upstream.sync(self.model)
+        variables = itertools.chain(self.model.metrics_variables, moving(self.model))
+        self._spared = [(variable, np.array(host(variable))) for variable in variables]
+
+    def _restore(self) -> None:
+        if self._spared:
+            upstream.sync(self.model)
+            for variable, value in self._spared:
+                variable.assign(value)
+            self._spared = []
+
+    # Telling
+
+    def _show(self, batch: int) -> None:
+        now = time.monotonic()
+        if self._replicas.rank == 0 and now - self._last > _PAUSE:
+            self._last = now
+            self._member.progress(self._replicas.step, self._epochs * self._steps, "batch")
+
+
+def _wishes(callbacks: Sequence[Any]) -> tuple[bool, bool, bool]:
+    """Whether there are callbacks, some for batches, and one that stops where the loss is not a number."""
+    base = keras.callbacks.Callback
+    names = ("on_batch_begin", "on_batch_end", "on_train_batch_begin", "on_train_batch_end")
+    batchwise = any(getattr(type(each), name) is not getattr(base, name) for each in callbacks for name in names)
+    no_nan = any(isinstance(each, keras.callbacks.TerminateOnNaN) for each in callbacks)
+    return bool(callbacks), batchwise, no_nan
