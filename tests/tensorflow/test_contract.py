@@ -19,7 +19,7 @@ from dask_bridges.processes import ChildMember, Environment
 from dask_bridges.processes.host import Child
 from dask_bridges.processes.spool import Spool
 from dask_bridges.task import WorkerMember
-from dask_bridges.testing.contract import EndingContract, FailureContract, HostContract, RunContract, TurnContract
+from dask_bridges.testing.contract import BridgeContract, FailureContract, RunContract
 from dask_bridges.testing.contract.base import Contract
 from dask_bridges.testing.faults import call_at
 from dask_tf import encoding
@@ -146,7 +146,5 @@ class TestTensorFlowMembers(TensorFlowMembers):
 
 
 @pytest.mark.slow  # most of it is importing TensorFlow on the workers of new clusters
-class TestTensorFlowMembersThatFailAndEnd(
-    TensorFlowMembers, TurnContract, FailureContract, EndingContract, HostContract
-):
-    pass
+class TestTensorFlowMembersEverywhere(TensorFlowMembers, BridgeContract):
+    """All of it."""

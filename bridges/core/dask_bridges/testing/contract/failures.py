@@ -29,7 +29,7 @@ from dask_bridges.testing.faults import (
     vanish,
     vanish_badly,
 )
-from dask_bridges.testing.traces import footprint, leftovers, wait_until_same
+from dask_bridges.testing.traces import footprint, leftovers, wait_until_free, wait_until_same
 
 __all__ = ["FailureContract"]
 
@@ -119,7 +119,7 @@ class FailureContract(Contract):
         doomed = sorted(bridges_doomed_client.scheduler_info(n_workers=-1)["workers"])[1]
         with pytest.raises(MemberLost, match=f"was lost .* {doomed}"):
             self.train(bridges_doomed_client, X, y, fault=DiesOnArrival(doomed), rounds=1000)
-        assert leftovers(bridges_doomed_client) == {}
+        wait_until_free(bridges_doomed_client, timeout=10)  # Dask may just try it elsewhere, where it is refused
         self.check(self.train(bridges_doomed_client, X, y), X, y)
 
     @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ class TurnContract(Contract):
         hold = Hold.new(bridges_client)
         with ThreadPoolExecutor(1) as pool, hold.released_at_last(bridges_client):
             first = pool.submit(self.train, bridges_client, X, y, fault=hold, rounds=2)
-            assert hold.reached(bridges_client).wait(30)
+            assert hold.reached(bridges_client).wait(90)
             with pytest.raises(GangTimeout, match=r"waits for running .* \(gang [0-9a-f]+\) on tcp://"):
                 self.train(bridges_client, X, y, timeout=0.5)
             assert not first.done()
@@ -33,7 +33,7 @@ class TurnContract(Contract):
         hold = Hold.new(bridges_client)
         with ThreadPoolExecutor(1) as pool, hold.released_at_last(bridges_client):
             first = pool.submit(self.train, bridges_client, X, y, fault=hold, rounds=2, exclusive=False)
-            assert hold.reached(bridges_client).wait(30)
+            assert hold.reached(bridges_client).wait(90)
             self.check(self.train(bridges_client, X, y, exclusive=False), X, y)
             assert not first.done()
 
@@ -47,7 +47,7 @@ class TurnContract(Contract):
             hold = Hold.new(client)
             with hold.released_at_last(client):
                 first = pool.submit(self.train, client, X, y, fault=hold)
-                assert hold.reached(client).wait(30)
+                assert hold.reached(client).wait(90)
                 cluster.scale(2)
                 client.wait_for_workers(2, timeout=30)
             self.check(first.result(), X, y)
