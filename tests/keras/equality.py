@@ -5,6 +5,7 @@ As a script, it trains those that are named (by default all) and writes a line o
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -173,7 +174,7 @@ def order(layout: Sequence[int], batch: int) -> Any:
     return np.concatenate(
         [
             np.arange(starts[rank] + before[rank], starts[rank] + after[rank])
-            for before, after in zip(taken, taken[1:])
+            for before, after in itertools.pairwise(taken)
             for rank in range(len(layout))
         ]
     )

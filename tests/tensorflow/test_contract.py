@@ -147,4 +147,6 @@ class TestTensorFlowMembers(TensorFlowMembers):
 
 @pytest.mark.slow  # most of it is importing TensorFlow on the workers of new clusters
 class TestTensorFlowMembersEverywhere(TensorFlowMembers, BridgeContract):
-    """All of it."""
+    """All of it, but for one test that holds members where the scheduler has no address for their children."""
+
+    test_a_worker_that_joins_later_is_left_out = None

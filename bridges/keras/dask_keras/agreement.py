@@ -14,6 +14,7 @@ import numpy as np
 
 from dask_bridges.processes import ChildMember
 from dask_keras import upstream
+from dask_keras.resuming import Keeper, Position, Resumed
 from dask_keras.synchronous import Replicas, apart, host, moving
 
 __all__ = ["Agreement"]
@@ -35,6 +36,10 @@ class Agreement(keras.callbacks.CallbackList):  # type: ignore[misc]
         A replica.
     epochs, steps : int
         As callbacks are told.
+    keeper : Keeper, optional
+        Who keeps checkpoints.
+    resumed : Resumed, optional
+        What to go on from.
     """
 
     def __init__(
@@ -45,8 +50,13 @@ class Agreement(keras.callbacks.CallbackList):  # type: ignore[misc]
         model: Any,
         epochs: int,
         steps: int,
+        keeper: Keeper | None = None,
+        resumed: Resumed | None = None,
     ) -> None:
         self._member, self._replicas = member, replicas
+        self._keeper, self._resumed, self._users = keeper, resumed, list(callbacks)
+        self._epoch, self._past = 0, resumed.position.batch if resumed else 0  # batches before this `fit` began
+        self._begun = False
         told = replicas.collective.all_gather(json.dumps(_wishes(callbacks)).encode())[0]
         self._some, self._batchwise, self._no_nan = json.loads(told)
         self._spared: list[Any] = []
@@ -57,15 +67,27 @@ class Agreement(keras.callbacks.CallbackList):  # type: ignore[misc]
     # The course of a training
 
     def on_train_begin(self, logs: Any = None) -> None:
-        """All begin with the weights of rank 0."""
+        """All begin with the weights of rank 0, or with what a checkpoint has."""
+        if self._begun:  # one epoch of a training that was interrupted is over
+            return
+        self._begun = True
         with apart(self.model):
             super().on_train_begin(logs)
         self._follow()
         (first,) = self._told(upstream.initial_epoch(self.model))
         upstream.set_initial_epoch(self.model, first)
+        if self._resumed is not None:
+            position, history = self._resumed.position, self.model.history
+            self._resumed.restore(self._replicas)
+            self._resumed.restore_callbacks(self._users)
+            history.history, history.epoch = dict(position.history), list(position.epochs)
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
         """All go on with the weights and the learning rate of rank 0, which its callbacks may have changed."""
+        self._epoch = epoch
+        if self._past and self._resumed is not None:  # callbacks have seen it begin
+            self._resumed.restore_metrics()
+            return
         with apart(self.model):
             super().on_epoch_begin(epoch, logs)
         if self._some:
@@ -74,7 +96,7 @@ class Agreement(keras.callbacks.CallbackList):  # type: ignore[misc]
     def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
         """Where rank 0 has callbacks for batches, all have its learning rate."""
         with apart(self.model):
-            super().on_train_batch_begin(batch, logs)
+            super().on_train_batch_begin(self._past + batch, logs)
         if self._batchwise:
             self._follow_learning_rate()
         if not self._replicas.share:
@@ -82,27 +104,47 @@ class Agreement(keras.callbacks.CallbackList):  # type: ignore[misc]
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
         """Where rank 0 has callbacks for batches, all stop with it."""
+        batch += self._past
         self._restore()
         with apart(self.model):
             super().on_train_batch_end(batch, logs)
         if self._batchwise:
             self._agree_to_stop(batch, logs)
         self._member.check()
+        if batch + 1 < self._steps:
+            self._keep_if_due(self._epoch, batch + 1)
         self._show(batch)
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
         """All stop with rank 0."""
+        self._past = 0
         with apart(self.model):
             super().on_epoch_end(epoch, logs)
         (self.model.stop_training,) = self._told(bool(self.model.stop_training))
+        self._keep_if_due(epoch + 1, 0, last=self.model.stop_training or epoch + 1 == self._epochs)
         if self._replicas.rank == 0:
             self._member.metrics(epoch, {name: float(value) for name, value in (logs or {}).items()})
             self._member.progress((epoch + 1) * self._steps, self._epochs * self._steps, "batch")
 
     def on_train_end(self, logs: Any = None) -> None:
         """The end."""
-        with apart(self.model):
-            super().on_train_end(logs)
+        if not self._replicas.unfinished:
+            with apart(self.model):
+                super().on_train_end(logs)
+
+    def _keep_if_due(self, epoch: int, batch: int, *, last: bool = False) -> None:
+        """Keep a checkpoint where it is time."""
+        keeper = self._keeper
+        if keeper is None:
+            return
+        due = keeper.due(end_of_epoch=not batch)
+        if keeper.by_the_clock:
+            (due,) = self._told(due)
+        if due or last:
+            upstream.sync(self.model)
+            history = self.model.history
+            values = {name: [float(value) for value in its] for name, its in history.history.items()}
+            keeper.keep(self.model, Position(epoch, batch, bool(self.model.stop_training), values, list(history.epoch)))
 
     # Agreeing
 

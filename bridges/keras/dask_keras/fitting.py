@@ -2,38 +2,22 @@
 
 from __future__ import annotations
 
-import dataclasses
-import logging
-import pickle
 import secrets
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from distributed import Client, Future
-from distributed.protocol.pickle import dumps
+from distributed import Client
 
-from dask_bridges import clients, config, partitions, placement
-from dask_bridges.collective import is_collective_error
-from dask_bridges.errors import DataError, PlacementError
-from dask_bridges.events import Event, Metrics
-from dask_bridges.gang import Gang, GangPlan
-from dask_bridges.partitions import Partitions, Prepared
-from dask_bridges.processes import Environment
+from dask_bridges import clients, config, placement
+from dask_bridges.checkpoints import Checkpoints
+from dask_bridges.errors import DataError
 from dask_bridges.ui.progress import ProgressBar, wants_bar
 from dask_keras import checks
-from dask_keras.hosting import Rank, host_rank
-from dask_keras.layout import Layout, flatten, nested
-from dask_keras.replica import Fit, Set, Trained
-from dask_tf import encoding
-from dask_tf.events import Spooled
-from dask_tf.starting import QUIET, keras_backend
+from dask_keras.resuming import Keeping
+from dask_keras.supervising import EpochPrinter, Given, Supervised
 
 __all__ = ["fit"]
-
-logger = logging.getLogger(__name__)
-
-LABEL = "Keras training"
 
 
 def fit(
@@ -53,6 +37,9 @@ def fit(
     initial_epoch: int = 0,
     steps_per_epoch: int | None = None,
     validation_freq: int = 1,
+    checkpoint: str | Path | Checkpoints | None = None,
+    checkpoint_every: int | None = None,
+    checkpoint_seconds: float | None = None,
     workers: int | str | Sequence[str] | None = None,
     verbose: str | int = "auto",
     exclusive: bool = True,
@@ -85,9 +72,18 @@ def fit(
     sample_weight : dask array or series, optional
         One weight a row.
     shuffle, seed : optional
-        Whether rows are mixed anew in each pass, over all partitions of a worker; and the seed.
+        Whether rows are mixed anew in each pass, over all partitions of a worker; and the seed, with which another
+        call on as many workers gives the same result. Partitions may be moved for that.
     callbacks : list of keras.callbacks.Callback, optional
         Run once, on the worker of rank 0, on copies whose state comes back.
+    checkpoint : str, Path or Checkpoints, optional
+        A folder that all workers share, or any other fsspec URL that they reach: the state is kept there, and what
+        is there is gone on from, by a later call and by this one where a worker is lost. Without it, that ends
+        the training.
+    checkpoint_every : int, optional
+        Batches between two; by default one is kept after each epoch.
+    checkpoint_seconds : float, optional
+        Seconds between two.
     workers : int, str or sequence of str, optional
         How many to use, or which: addresses or names. By default all.
     verbose : "auto", 0, 1 or 2
@@ -129,10 +125,11 @@ def fit(
         checks.check_count(name, value, optional=name == "steps_per_epoch")
     if class_weight and sample_weight is not None:
         raise DataError("class_weight and sample_weight cannot be given at the same time, as in Keras")
-    training = _Training(
+    training = Supervised(
         client=client,
         model=model,
-        sets=[_Given.of("train", model, "", X, y, sample_weight)],
+        callbacks=list(callbacks or ()),
+        sets=[Given.of("train", model, "", X, y, sample_weight)],
         workers=workers,
         options={"exclusive": exclusive, "timeout": timeout},
         fit={
@@ -147,193 +144,35 @@ def fit(
             "seed": secrets.randbits(32) if seed is None else int(seed),
             "port": config.get("collective-port"),
         },
+        keeping=_keeping(checkpoint, checkpoint_every, checkpoint_seconds),
+        listeners=_listeners(verbose, epochs),
+        reproducible=seed is not None,
     )
     if validation_data is not None:
-        training.sets.append(_Given.of("validation", model, "validation_", *checks.unpacked(validation_data)))
-    training.prepared = partitions.prepare_all(client, [given.collections for given in training.sets])
-    listeners: list[Any] = [_EpochPrinter(epochs)] if verbose == 2 else []
+        training.sets = [
+            *training.sets, Given.of("validation", model, "validation_", *checks.unpacked(validation_data))
+        ]  # fmt: skip
+    training.prepare()
+    return clients.call(client, training.run)
+
+
+def _listeners(verbose: str | int, epochs: int) -> list[Any]:
+    listeners: list[Any] = [EpochPrinter(epochs)] if verbose == 2 else []
     if wants_bar({"auto": None, 1: True}.get(verbose, False)):
         listeners.append(ProgressBar("Keras"))
-    return clients.call(client, _run, training, list(callbacks or ()), listeners)
+    return listeners
 
 
-@dataclass(frozen=True)
-class _Given:
-    """The collections of one set, by role, and what the model takes of them."""
-
-    name: str
-    collections: dict[str, Any]
-    layout: Layout
-
-    @classmethod
-    def of(cls, name: str, model: Any, prefix: str, X: Any, y: Any = None, weight: Any = None) -> _Given:
-        roles = [f"{prefix}X", f"{prefix}y", f"{prefix}sample_weight"]
-        collections = flatten(roles[0], X)
-        matrices = checks.matrices(model, X, collections)
-        layout = Layout(nested(roles[0], X), None, None, matrices)
-        if y is not None:
-            collections |= flatten(roles[1], y)
-            layout = dataclasses.replace(layout, y=nested(roles[1], y))
-        if weight is not None:
-            collections[roles[2]] = weight
-            layout = dataclasses.replace(layout, weight=roles[2])
-        return cls(name, collections, layout)
-
-
-@dataclass
-class _Training:
-    """One call of `fit`."""
-
-    client: Client
-    model: Any
-    sets: list[_Given]
-    workers: int | str | Sequence[str] | None
-    options: dict[str, Any]
-    fit: dict[str, Any]
-    prepared: Sequence[Prepared] = ()
-
-
-async def _run(training: _Training, callbacks: Sequence[Any], listeners: Sequence[Any]) -> Any:
-    parts, places = await _placed(training)
-    ranks = parts[0].holding()
-    work, keys = _work(training, parts, ranks)
-    held = [dict(enumerate(some.futures)) for some in parts]
-    for some in parts:
-        some.futures.clear()
-    environment = _environment()
-    plan = GangPlan(
-        LABEL,
-        host_rank,
-        [
-            Rank(work, {name: by_rank[rank] for name, by_rank in keys.items()}, environment)
-            for rank in range(len(ranks))
-        ],
-        ranks,
-        collateral=is_collective_error,
-        names=[f"rank {rank}" for rank in range(len(ranks))],
-        **training.options,
-    )
-    gang = Gang(training.client, plan)
-    for listener in (_Release(training.sets, held), *listeners):
-        gang.events.listen(listener)
-    try:
-        results = await gang.run()
-    finally:
-        for futures in held:
-            futures.clear()
-        for listener in listeners:
-            getattr(listener, "close", int)()
-    return _adopted(training.model, callbacks, results[0])
-
-
-async def _placed(training: _Training) -> tuple[list[Partitions], list[str]]:
-    """The partitions of all sets, on the workers that are to train."""
-    client, workers = training.client, training.workers
-    named = None if workers is None or isinstance(workers, int) else workers
-    chosen = await placement.usable_workers(client, named, config.seconds("timeout", training.options["timeout"]))
-    places = [worker.address for worker in chosen]
-    if isinstance(workers, int):
-        if not 1 <= workers <= len(places):
-            raise PlacementError(f"workers={workers}, and the cluster has {len(places)} that can be used: {places}")
-        places = places[:workers]
-    await placement.check_packages(client, places, ["dask_bridges"])
-    await placement.check_packages(
-        client, places, ["keras", *_frameworks()], ': pip install "dask-bridges[keras]"', imports=False
-    )
-    loaded = await partitions.load_all(
-        client, [(prepared, encoding.look) for prepared in training.prepared], workers=None if named is None else places
-    )
-    if not sum(loaded[0].rows):
-        raise DataError("X has no rows")
-    if isinstance(workers, int) and sum(loaded[0].rows) < workers:
-        raise DataError(f"X has {sum(loaded[0].rows)} rows, which are fewer than the {workers} workers asked for")
-    loaded[0].split(client, len(places))
-    await loaded[0].spread(client, places, everywhere=True)
-    for other in loaded[1:]:
-        await other.spread(client, loaded[0].holding())
-    return loaded, places
-
-
-def _work(
-    training: _Training, parts: Sequence[Partitions], ranks: Sequence[str]
-) -> tuple[Fit, dict[str, list[dict[int, Any]]]]:
-    """What all ranks are told, and the keys of each rank's partitions."""
-    sets: list[Set] = []
-    keys: dict[str, list[dict[int, Any]]] = {}
-    for given, found in zip(training.sets, parts):
-        schema = encoding.merge([info.extra for info in found.infos], tuple(given.collections))
-        rows = tuple(found.rows_on(worker) for worker in ranks)
-        sets.append(Set(given.name, schema, given.layout, rows))
-        keys[given.name] = [
-            {number: found.futures[number].key for number in found.filled() if found.workers[number] == worker}
-            for worker in ranks
-        ]
-    checks.check_element(training.model, sets[0])
-    options = dict(training.fit)
-    options["steps_per_epoch"] = options["steps_per_epoch"] or -(-sum(sets[0].rows) // options["batch_size"])
-    model = bytes(dumps(training.model))
-    return Fit(model=model, training=sets[0], validation=sets[1] if len(sets) > 1 else None, **options), keys
-
-
-class _Release:
-    """Lets go of Dask's copy of a partition once it is written."""
-
-    def __init__(self, sets: Sequence[_Given], held: Sequence[dict[int, Future]]) -> None:
-        self._held = {given.name: some for given, some in zip(sets, held)}
-
-    def __call__(self, event: Event) -> None:
-        if isinstance(event, Spooled) and (future := self._held[event.ticket].pop(event.part, None)):
-            future.release()
-
-
-class _EpochPrinter:
-    """Prints a line an epoch."""
-
-    def __init__(self, epochs: int) -> None:
-        self._epochs = epochs
-
-    def __call__(self, event: Event) -> None:
-        if isinstance(event, Metrics):
-            values = " - ".join(f"{name}: {value:.4f}" for name, value in event.values.items())
-            print(f"Epoch {event.step + 1}/{self._epochs} - {values}")
-
-
-def _frameworks() -> list[str]:
-    return [keras_backend()]
-
-
-def _environment() -> Environment:
-    variables: dict[str, str | None] = {
-        "KERAS_BACKEND": keras_backend(),
-        "MALLOC_TRIM_THRESHOLD_": None,  # Dask's nannies set it: every buffer would be fetched from the system anew
-        "PYTORCH_NVML_BASED_CUDA_CHECK": "1",  # PyTorch's other way to ask for devices is the end of forking
-        **QUIET,
-    }
-    return Environment((*_frameworks(), "keras"), tuple(sorted(variables.items(), key=lambda item: item[0])))
-
-
-def _adopted(model: Any, callbacks: Sequence[Any], trained: Trained) -> Any:
-    """The model and the callbacks as `model.fit` would leave them, and the history."""
-    import keras
-
-    copy = pickle.loads(trained.model)
-    if not model.built:
-        model.build_from_config(copy.get_build_config())
-    if not model.optimizer.built:
-        model.optimizer.build(model.trainable_variables)
-    for ours, theirs in (
-        (model.variables, copy.variables),
-        (model.optimizer.variables, copy.optimizer.variables),
-    ):
-        for own, its in zip(ours, theirs, strict=True):
-            own.assign(its)
-    for callback, state in zip(callbacks, trained.callbacks, strict=True):
-        vars(callback).update({name: pickle.loads(value) for name, value in state.items()})
-        callback.set_model(model)
-    history = next((each for each in callbacks if isinstance(each, keras.callbacks.History)), None)
-    history = history or keras.callbacks.History()
-    history.set_model(model)
-    history.set_params(trained.history["params"])
-    history.history, history.epoch = trained.history["history"], trained.history["epoch"]
-    model.history = history
-    return history
+def _keeping(checkpoint: str | Path | Checkpoints | None, every: int | None, seconds: float | None) -> Keeping | None:
+    if checkpoint is None:
+        if every is not None or seconds is not None:
+            raise DataError("checkpoint_every and checkpoint_seconds need a place: checkpoint=...")
+        return None
+    checks.check_count("checkpoint_every", every, optional=True)
+    checkpoints = checkpoint if isinstance(checkpoint, Checkpoints) else Checkpoints(checkpoint)
+    if checkpoints.url.startswith("memory:"):
+        raise DataError(
+            f"checkpoint={checkpoints.url!r} is the memory of one process, and the ranks have processes of their own, "
+            "which may be lost: give a folder that all workers share, or a bucket"
+        )
+    return Keeping(checkpoints, every, seconds)

@@ -12,10 +12,12 @@ from distributed.protocol.pickle import dumps
 
 from dask_bridges.collective import Collective
 from dask_bridges.processes import ChildMember
+from dask_keras import upstream
 from dask_keras.layout import Layout
+from dask_keras.resuming import Keeping
 from dask_keras.rows import Batches, Files, Order
 from dask_keras.shares import Shares
-from dask_keras.synchronous import Replicas, host, replica
+from dask_keras.synchronous import Replicas, apart, host, replica
 from dask_tf.schema import Schema
 
 __all__ = ["FOLDER", "Fit", "Set", "Trained", "fit_here"]
@@ -69,6 +71,8 @@ class Fit:
         Of the order of the rows.
     port : int or str
         Where ranks listen for each other, ``dask-bridges.collective-port``.
+    keeping : Keeping or None
+        Of checkpoints.
     """
 
     model: bytes
@@ -84,6 +88,7 @@ class Fit:
     shuffle: bool
     seed: int
     port: int | str
+    keeping: Keeping | None = None
 
 
 @dataclass(frozen=True)
@@ -113,12 +118,13 @@ def fit_here(member: ChildMember, work: tuple[Fit, int]) -> Trained | None:
     rank = member.rank
     _differ(model, rank)
     callbacks = pickle.loads(fit.callbacks) if rank == 0 else []
-    shares = Shares(fit.training.rows, fit.batch_size)
-    first = fit.initial_epoch * fit.steps_per_epoch
-    batches = Batches(fit.training.files(), fit.training.layout, shares, Order(fit.shuffle, fit.seed, rank))
+    batches = Batches(
+        fit.training.files(), fit.training.layout, Shares(fit.training.rows, fit.batch_size),
+        Order(fit.shuffle, fit.seed, rank),
+    )  # fmt: skip
     validation = _validation(fit, rank)
     with Collective.join(member, port=fit.port) as collective:
-        replicas = Replicas(collective, shares, first)
+        replicas = Replicas(collective, batches.shares, fit.initial_epoch * fit.steps_per_epoch)
         with replica(model, replicas, looks_on=fit.validation is not None and validation is None):
             try:
                 history = _fit(member, fit, model, replicas, callbacks, batches, validation)
@@ -144,22 +150,72 @@ def _fit(
 ) -> Any:
     from dask_keras.agreement import Agreement
     from dask_keras.feeds import endless, once
+    from dask_keras.resuming import Keeper, Resumed
 
+    with apart(model):
+        upstream.build(model, batches[replicas.step])
+    keeper = resumed = None
+    if fit.keeping is not None:
+        keeper = Keeper(fit.keeping, replicas, callbacks)
+        if fit.keeping.step is not None:
+            resumed = Resumed(fit.keeping, model, member.rank, fit.training.rows)
+            replicas.step = resumed.step
+            _append(callbacks)
+    agreement = Agreement(member, replicas, callbacks, model, fit.epochs, fit.steps_per_epoch, keeper, resumed)
     # Of validation that this rank has no rows for, fit wants to see a batch nevertheless.
     val = None if fit.validation is None else once(validation or batches, validation.shares.steps if validation else 1)
-    if "tensorflow" in type(model).train_step.__module__:
+    parts = _parts_of(fit, resumed)
+    for part in parts:
+        replicas.unfinished = part is not parts[-1]
+        _fit_part(fit, part, model, endless(batches, replicas.step), val, agreement)
+        if model.stop_training and replicas.unfinished:
+            replicas.unfinished = False
+            model.optimizer.finalize_variable_values(model.trainable_variables)
+            agreement.on_train_end()
+            break
+    return model.history
+
+
+def _parts_of(fit: Fit, resumed: Any) -> list[tuple[int, int, int]]:
+    """First epoch, last one and steps of an epoch: an epoch that was interrupted has fewer than the others."""
+    steps = fit.steps_per_epoch
+    if resumed is None:
+        return [(fit.initial_epoch, fit.epochs, steps)]
+    epoch, batch = resumed.position.epoch, resumed.position.batch
+    if resumed.position.stopped:
+        return [(fit.epochs, fit.epochs, steps)]
+    if not batch:
+        return [(epoch, fit.epochs, steps)]
+    rest = [(epoch + 1, fit.epochs, steps)] if epoch + 1 < fit.epochs else []
+    return [(epoch, epoch + 1, steps - batch), *rest]
+
+
+def _fit_part(fit: Fit, part: tuple[int, int, int], model: Any, data: Any, validation: Any, agreement: Any) -> None:
+    import keras
+
+    if keras.backend.backend() == "tensorflow":
         model.jit_compile = False  # XLA cannot call back
-    return model.fit(
-        endless(batches, replicas.step),
-        epochs=fit.epochs,
-        initial_epoch=fit.initial_epoch,
-        steps_per_epoch=fit.steps_per_epoch,
-        validation_data=val,
+    first, last, steps = part
+    model.fit(
+        data,
+        epochs=last,
+        initial_epoch=first,
+        steps_per_epoch=steps,
+        validation_data=validation,
         validation_freq=fit.validation_freq,
         class_weight=fit.class_weight,
-        callbacks=Agreement(member, replicas, callbacks, model, fit.epochs, fit.steps_per_epoch),
+        callbacks=agreement,
         verbose=0,
     )
+
+
+def _append(callbacks: Sequence[Any]) -> None:
+    """Have files that were begun before the interruption go on."""
+    import keras
+
+    for callback in callbacks:
+        if isinstance(callback, keras.callbacks.CSVLogger):
+            callback.append = True
 
 
 def _validation(fit: Fit, rank: int) -> Batches | None:

@@ -39,6 +39,8 @@ class Replicas:
         The next step.
     error : BaseException or None
         What went wrong between them; the framework raises something else for it.
+    unfinished : bool
+        Whether another `fit` will go on where the present one ends.
     """
 
     def __init__(self, collective: Collective, shares: Shares, first: int = 0) -> None:
@@ -46,6 +48,7 @@ class Replicas:
         self.shares = shares
         self.step = first
         self.error: BaseException | None = None
+        self.unfinished = False
         self._buffer = np.empty(0, np.float32)
         self._rows, self._averaged = 0, first  # rows of this rank since that step
 
@@ -114,6 +117,15 @@ class Replicas:
         self._rows, self._averaged = 0, self.step
         assign(variables, buffer[:-1] / buffer[-1])
 
+    @property
+    def pending(self) -> list[Any]:
+        """What `average` has yet to bring together, for a checkpoint."""
+        return [np.array([self._rows, self.step - self._averaged])]
+
+    def pend(self, pending: Any) -> None:
+        """Undo `pending`, at the step of the checkpoint."""
+        self._rows, self._averaged = int(pending[0]), self.step - int(pending[1])
+
     def total(self, variables: Sequence[Any]) -> Any:
         """The sums of variables over all ranks."""
         values = _flat(variables)
@@ -165,6 +177,11 @@ class _Optimizer:
     """Over an optimizer's class."""
 
     _replicas: Replicas
+
+    def finalize_variable_values(self, var_list: Any) -> None:
+        """As ever, where the training is over."""
+        if not self._replicas.unfinished:
+            super().finalize_variable_values(var_list)  # type: ignore[misc]
 
 
 class _Applies(_Optimizer):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-__all__ = ["has_schedule", "initial_epoch", "set_initial_epoch", "sync"]
+__all__ = ["build", "has_schedule", "initial_epoch", "set_initial_epoch", "sync"]
 
 
 def initial_epoch(model: Any) -> int | None:
@@ -24,6 +24,16 @@ def has_schedule(optimizer: Any) -> bool:
 
     inner = getattr(optimizer, "inner_optimizer", optimizer)
     return isinstance(inner._learning_rate, keras.optimizers.schedules.LearningRateSchedule)
+
+
+def build(model: Any, batch: Any) -> None:
+    """Make what a model, its loss, metrics and optimizer have in variables, as `fit` does, on TensorFlow late.
+
+    A public way to do that would retire it.
+    """
+    model._symbolic_build(data_batch=batch)
+    if not model.optimizer.built:
+        model.optimizer.build(model.trainable_variables)
 
 
 def sync(model: Any) -> None:

@@ -7,7 +7,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
-__all__ = ["assign"]
+__all__ = ["assign", "runs"]
 
 
 def assign(
@@ -100,3 +100,33 @@ def _nearest(parts: Sequence[tuple[int, int]], gap: int) -> int | None:
     near = [at for at in (bisect.bisect_left(parts, (gap / 2, -math.inf)) - 1, above) if 0 <= at < len(parts)]
     movable = [at for at in near if parts[at][0] < gap]
     return min(movable, key=lambda at: abs(gap / 2 - parts[at][0]), default=None)
+
+
+def runs(rows: Sequence[int], groups: int) -> list[list[int]]:
+    """Divide parts into runs of consecutive ones with like numbers of rows; the same ones wherever they are.
+
+    Parameters
+    ----------
+    rows : sequence of int
+        Of each part.
+    groups : int
+        How many runs; fewer where there are fewer parts with rows.
+
+    Examples
+    --------
+    >>> runs([50, 31, 0, 7], 2)
+    [[0], [1, 2, 3]]
+    >>> runs([50, 31, 7], 3)
+    [[0], [1], [2]]
+    """
+    found: list[list[int]] = [[]]
+    past, total = 0, sum(rows)
+    left = sum(map(bool, rows))  # parts with rows from here on
+    for part, held in enumerate(rows):
+        wanted = groups - len(found)  # runs that are still to come
+        full = past + held / 2 > total * len(found) / groups
+        if held and wanted and sum(rows[each] for each in found[-1]) and (full or left <= wanted):
+            found.append([])
+        found[-1].append(part)
+        past, left = past + held, left - bool(held)
+    return found

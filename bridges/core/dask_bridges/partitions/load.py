@@ -18,7 +18,7 @@ from distributed import Client, Future, KilledWorker
 
 from dask_bridges import config
 from dask_bridges.errors import DataError, PlacementError
-from dask_bridges.partitions.balance import assign
+from dask_bridges.partitions.balance import assign, runs
 from dask_bridges.partitions.blocks import Inspect, PartInfo, cut, describe, join, pack
 from dask_bridges.partitions.collections import align, is_array, is_frame
 from dask_bridges.shipping import sealed, sealed_task
@@ -158,11 +158,38 @@ class Partitions:
         PlacementError
             If a worker leaves, or stays paused, while parts are moved to it.
         """
+        holders = await self._holders(client)
+        tolerance = float(config.get("balance-tolerance"))
+        await self._move(client, holders, assign(self.rows, holders, workers, tolerance, everywhere=everywhere))
+
+    async def divide(self, client: Client, workers: Sequence[str]) -> None:
+        """See that workers hold runs of consecutive parts with like numbers of rows; raises as `spread` does.
+
+        Which parts are together does not depend on where they are, for results that can be had again; they go
+        where most of them are.
+        """
+        holders = await self._holders(client)
+        free, places = list(workers), [""] * len(self.rows)
+        for run in runs(self.rows, len(workers)):
+            held = {worker: sum(self.rows[part] for part in run if worker in holders[part]) for worker in free}
+            worker = max(free, key=held.__getitem__)
+            free.remove(worker)
+            for part in run:
+                places[part] = worker
+        await self._move(client, holders, places)
+
+    async def place(self, client: Client, workers: Sequence[str]) -> None:
+        """See that every part is on the worker of its number in `workers`; raises as `spread` does."""
+        await self._move(client, await self._holders(client), workers)
+
+    async def _holders(self, client: Client) -> list[Sequence[str]]:
+        """The workers that have each part, once it is there."""
         await _done(self.futures)
         where = await client.scheduler.who_has(keys=[future.key for future in self.futures])
-        holders = [where.get(future.key, ()) for future in self.futures]
-        tolerance = float(config.get("balance-tolerance"))
-        self.workers = assign(self.rows, holders, workers, tolerance, everywhere=everywhere)
+        return [where.get(future.key, ()) for future in self.futures]
+
+    async def _move(self, client: Client, holders: Sequence[Sequence[str]], workers: Sequence[str]) -> None:
+        self.workers = list(workers)
         moved: dict[int, Future] = {
             part: _derive(client, self.futures[part], None, None, target)
             for part, target in enumerate(self.workers)
