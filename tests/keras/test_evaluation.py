@@ -107,24 +107,20 @@ def compiled(keras: Any, kind: str) -> tuple[Any, str]:
 KINDS = ["number", "yes or no", "classes by number", "classes in columns"]
 
 
-@pytest.mark.parametrize("weighted", [False, True], ids=["plain", "weighted"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_loss_and_metrics_are_those_of_all_rows(
-    keras: Any, data: Any, evaluated: Any, kind: str, weighted: bool
-) -> None:
+def test_loss_and_metrics_are_those_of_all_rows(keras: Any, data: Any, evaluated: Any, kind: str) -> None:
     model, target = compiled(keras, kind)
-    weight = {"sample_weight": data["weight"]} if weighted else {}
-    lazy_weight = {name: lazy(values, (50, 40)) for name, values in weight.items()}
     keywords = {"batch_size": 16, "return_dict": True}
-    found = evaluated(model, lazy(data["X"]), lazy(data[target]), **lazy_weight, **keywords)
-    wanted = model.evaluate(data["X"], data[target], **weight, **keywords, verbose=0)
+    weight = lazy(data["weight"], (50, 40))
+    found = evaluated(model, lazy(data["X"]), lazy(data[target]), sample_weight=weight, **keywords)
+    wanted = model.evaluate(data["X"], data[target], sample_weight=data["weight"], **keywords, verbose=0)
     assert list(found) == list(wanted)
     for name in wanted:
         np.testing.assert_allclose(found[name], wanted[name], rtol=2e-6, atol=1e-6, err_msg=name)
 
 
 @given(chunks=st.lists(st.integers(0, 30), min_size=1, max_size=4), batch_size=st.integers(1, 40))
-@settings(max_examples=5, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=4, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_however_rows_are_divided(
     keras: Any, data: Any, evaluated: Any, one_model: Any, chunks: list[int], batch_size: int
 ) -> None:
@@ -161,7 +157,8 @@ def test_several_outputs_with_their_weights(keras: Any, data: Any, evaluated: An
         lazy_y = [lazy(each, sizes) for each in y]
     for return_dict in (True, False):
         found = evaluated(model, lazy_x, lazy_y, batch_size=16, return_dict=return_dict)
-        close(found, model.evaluate(x, y, verbose=0, return_dict=return_dict))
+        # In one batch: of several, Keras on TensorFlow averages the losses of outputs without their lengths.
+        close(found, model.evaluate(x, y, batch_size=ROWS, verbose=0, return_dict=return_dict))
 
 
 def test_a_model_with_a_loss_alone_gives_one_number(keras: Any, data: Any, evaluated: Any) -> None:
@@ -190,10 +187,16 @@ def test_the_model_here_is_left_alone(keras: Any, data: Any, evaluated: Any) -> 
         np.testing.assert_array_equal(one, other)
 
 
-def test_a_sum_of_many_partitions_is_exact(keras: Any) -> None:
-    """In float32 the sum stays at 2 ** 24; one at a time, 1.0 would be lost on it."""
-    state = [np.array([2.0**24]), *[np.array([1.0])] * 64]
-    assert np.float32(np.sum(state)) == 2**24 + 64
+def test_a_sum_over_partitions_loses_nothing(keras: Any, data: Any, evaluated: Any, one_model: Any) -> None:
+    """In float32, one at a time, 1.0 is lost on 2 ** 24."""
+    from dask_keras.evaluation import Tally, finish
+    from dask_keras.kept import pack
+
+    packed = pack(one_model)
+    example = {"x": data["X"][:1], "y": data["yes"][:1], "sample_weight": None}
+    loss = [Tally(1, (np.array(v), np.array(2.0**20)), example) for v in (2.0**24, *[1.0] * 64)]
+    found = finish(loss, model=packed.raw, token=packed.token, return_dict=True)
+    assert found["loss"] == (2**24 + 64) / (2**20 * 65)
 
 
 # On a cluster

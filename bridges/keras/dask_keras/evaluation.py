@@ -15,7 +15,7 @@ from dask_bridges.errors import DataError
 from dask_bridges.placement import check_packages, usable_workers
 from dask_bridges.shipping import sealed
 from dask_keras import upstream
-from dask_keras.inputs import Feed, cut, feed_of, targets_of
+from dask_keras.inputs import Feed, cut, feed_of, length, targets_of
 from dask_keras.kept import kept, pack
 from dask_keras.signature import check_built, inputs_of
 
@@ -177,10 +177,37 @@ def tally(*blocks: Any, model: bytes, plan: Plan) -> Tally | None:
     fed = plan.fed(blocks)
     here = kept(plan.token, model)
     with here.lock:
-        here.model.evaluate(**fed, batch_size=plan.batch_size, verbose=0)
-        state = tuple(_numbers(variable) for variable in here.model.metrics_variables)
+        states = [_state(here.model, _rows(fed, *piece), plan.batch_size) for piece in _pieces(plan, total)]
         _check_adds_up(here.model)
-    return Tally(total, state, {name: None if values is None else cut(values, 0, 1) for name, values in fed.items()})
+    return Tally(total, tuple(map(sum, zip(*states))), _rows(fed, 0, 1))
+
+
+def _rows(fed: dict[str, Any], start: int, stop: int) -> dict[str, Any]:
+    return {name: None if values is None else cut(values, start, stop) for name, values in fed.items()}
+
+
+def _pieces(plan: Plan, rows: int) -> list[tuple[int, int]]:
+    """Rows that are evaluated together: with several losses, of batches of one length (see `_state`)."""
+    whole = rows - rows % plan.batch_size
+    if plan.y is None or len(plan.y.reads) == 1 or whole in (0, rows):
+        return [(0, rows)]
+    return [(0, whole), (whole, rows)]
+
+
+def _state(model: Any, fed: dict[str, Any], batch_size: int) -> list[Any]:
+    """The metrics' variables after these rows.
+
+    The loss of each output counts batches where Keras does not know their length while it compiles (TensorFlow),
+    and rows elsewhere. Of batches of one length the mean is the same: it is made to count rows.
+    """
+    model.evaluate(**fed, batch_size=batch_size, verbose=0)
+    rows = length(fed["x"])
+    weight = {
+        id(variable): rows / max(float(_numbers(loss.count)), 1.0)
+        for loss in upstream.output_losses(model)
+        for variable in loss.variables
+    }
+    return [_numbers(variable) * weight.get(id(variable), 1.0) for variable in model.metrics_variables]
 
 
 def _numbers(variable: Any) -> Any:
@@ -216,7 +243,8 @@ def finish(tallies: list[Tally | None], *, model: bytes, token: str, return_dict
                 f"test_step of model {here.model.name!r} gives {sorted(said)}, and its metrics are {sorted(logs)}: "
                 "only what metrics keep can be merged. Keep it in metrics, and return get_metrics_result()"
             )
-        found = logs if return_dict else upstream.in_order(here.model, logs)
+        # Keras sorts the dict, and has an order of its own for the list.
+        found = dict(sorted(logs.items())) if return_dict else upstream.in_order(here.model, logs)
         here.model.reset_metrics()
     return found
 

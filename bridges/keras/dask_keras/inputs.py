@@ -12,7 +12,7 @@ import numpy as np
 from dask_bridges.errors import DataError
 from dask_keras.signature import Form, Outputs, Slot
 
-__all__ = ["Feed", "Read", "cut", "feed_of", "mapped", "targets_of"]
+__all__ = ["Feed", "Read", "cut", "feed_of", "length", "mapped", "targets_of"]
 
 
 @dataclass(frozen=True)
@@ -250,6 +250,14 @@ def _dtype(part: Any) -> str:
 def cut(values: Any, start: int, stop: int) -> Any:
     """Rows of every array of a structure."""
     return mapped(lambda array: array[start:stop], values)
+
+
+def length(values: Any) -> int:
+    """Rows of a structure of arrays."""
+    one = (
+        next(iter(values.values())) if isinstance(values, dict) else values[0] if isinstance(values, tuple) else values
+    )
+    return len(one)
 
 
 def mapped(function: Callable[[Any], Any], values: Any) -> Any:

@@ -15,7 +15,7 @@ from distributed import Client
 from dask_bridges import partitions
 from dask_bridges.errors import DataError
 from dask_bridges.shipping import sealed
-from dask_keras.inputs import Feed, cut, feed_of, mapped
+from dask_keras.inputs import Feed, cut, feed_of, length, mapped
 from dask_keras.kept import Kept, Packed, kept, pack
 from dask_keras.signature import Outputs, Slot, check_built, inputs_of, outputs_of
 
@@ -248,7 +248,7 @@ def _predicted(here: Kept, plan: Plan, blocks: Sequence[Any]) -> list[Any]:
 
 def _batch(here: Kept, x: Any, batch_size: int) -> Any:
     """Predict one batch. Where each number of rows is compiled for, there are few such numbers."""
-    rows = len(next(iter(x.values())) if isinstance(x, dict) else x[0] if isinstance(x, tuple) else x)
+    rows = length(x)
     padded = min(batch_size, 1 << (rows - 1).bit_length())
     if padded == rows or not here.compiles_shapes():
         return here.predict(x)
