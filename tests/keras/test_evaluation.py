@@ -238,7 +238,7 @@ def test_a_model_that_is_not_compiled_is_refused(keras: Any, data: Any, evaluate
 
 def test_lengths_that_differ_are_refused(keras: Any, data: Any, evaluated: Any) -> None:
     model, target = compiled(keras, "number")
-    with pytest.raises(DataError, match="data has 90 rows and y has 80"):
+    with pytest.raises(DataError, match="X has 90 rows and y has 80"):
         evaluated(model, lazy(data["X"]), lazy(data[target][:80], (80,)))
     with pytest.raises(DataError, match="y is a numpy ndarray"):
         evaluated(model, lazy(data["X"]), data[target])

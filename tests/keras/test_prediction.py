@@ -8,6 +8,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+import types
 from typing import Any
 
 import dask
@@ -22,6 +23,7 @@ from hypothesis import strategies as st
 
 import dask_keras
 from dask_bridges import DataError, PlacementError
+from dask_serializers import CannotMove
 
 pytestmark = pytest.mark.skipif(
     not all(map(importlib.util.find_spec, ("keras", "tensorflow"))), reason="needs Keras and TensorFlow"
@@ -348,10 +350,24 @@ def test_each_worker_rebuilds_a_model_once(keras: Any, X: Any, bridges_client: C
         close(other.compute(dask_keras.predict(None, model, lazy + 0, batch_size=16)).result(), wanted)
     close(found.compute(), wanted)
     again = set(bridges_client.run(_identities).values())
-    assert len(first - {None}) >= 1
-    assert first - {None} <= again
+    assert first == again
+    assert len(first) == 3
     model.set_weights([w + 1 for w in model.get_weights()])
     close(dask_keras.predict(None, model, lazy, batch_size=16).compute(), np.tile(model.predict(X, verbose=0), (10, 1)))
+
+
+@cluster
+def test_a_layer_that_a_worker_cannot_import_is_named(
+    keras: Any, X: Any, bridges_client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "only_here", types.ModuleType("only_here"))
+    layer = type("Mine", (keras.layers.Layer,), {"__module__": "only_here", "call": lambda self, x: x * 2})
+    sys.modules["only_here"].Mine = layer  # type: ignore[attr-defined]
+    keras.saving.register_keras_serializable("only_here")(layer)
+    model = keras.Sequential([keras.Input((4,)), layer()])
+    found = dask_keras.predict(None, model, da.from_array(X, chunks=(30, 4)), batch_size=16)
+    with pytest.raises(CannotMove, match="No module named 'only_here'"):
+        bridges_client.compute(found).result(timeout=100)
 
 
 def _identities() -> Any:
@@ -374,6 +390,7 @@ def test_other_backends(backend: str) -> None:
         import dask.array as da, keras, numpy as np
         from dask.distributed import Client
         import dask_keras
+        from dask_keras.kept import Kept
         X = np.random.default_rng(0).random((500, 4), dtype="float32")
         y = X.sum(1, keepdims=True)
         model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(8, "relu"), keras.layers.BatchNormalization(),
@@ -383,9 +400,16 @@ def test_other_backends(backend: str) -> None:
         model.fit(X, y, verbose=0)
         lazy, lazy_y = da.from_array(X, chunks=((33, 0, 217, 250), 4)), da.from_array(y, chunks=(100, 1))
         with Client(processes=False, n_workers=1, threads_per_worker=4, dashboard_address=None) as client:
+            lengths = set()
+            def noting(self, x, predict=Kept.predict):
+                lengths.add(len(x))
+                return predict(self, x)
+            Kept.predict = noting
             for _ in range(2):
                 found = dask_keras.predict(client, model, lazy, batch_size=32).compute()
                 np.testing.assert_allclose(found, model.predict(X, verbose=0), rtol=1e-5, atol=1e-5)
+            if model.jit_compile:  # a compilation for each length
+                assert lengths <= {1, 2, 4, 8, 16, 32}
             scores = dask_keras.evaluate(client, model, lazy, lazy_y, batch_size=32)
             np.testing.assert_allclose(scores, model.evaluate(X, y, verbose=0), rtol=1e-5)
             assert keras.backend.backend() == BACKEND

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -132,10 +133,18 @@ def evaluate(
         raise DataError(f"model {model.name!r} is not compiled: call model.compile(loss=..., metrics=...) first")
     if isinstance(y, str):
         X, y = _without(X, y)
-    x, collections, _ = feed_of(model, X, inputs_of(model))
+    # Optimising may compute a little metadata, which an asynchronous client cannot do for us here.
+    with dask.config.set(scheduler="synchronous") if getattr(client, "asynchronous", False) else nullcontext():
+        result = _result(model, {"X": X, "y": y, "sample_weight": sample_weight}, batch_size, return_dict)
+    return clients.call(client, _computed, client, result, workers, timeout)
+
+
+def _result(model: Any, data: dict[str, Any], batch_size: int, return_dict: bool) -> Any:
+    """A task for each partition, and one for what comes of them."""
+    x, collections, _ = feed_of(model, data["X"], inputs_of(model), role="X")
     feeds: dict[str, Feed | None] = {}
-    for role, data in (("y", y), ("sample_weight", sample_weight)):
-        feed, more = targets_of(role, data) if data is not None else (None, {})
+    for role in ("y", "sample_weight"):
+        feed, more = targets_of(role, data[role]) if data[role] is not None else (None, {})
         feeds[role] = None if feed is None else feed.moved(len(collections))
         collections |= more
     aligned = partitions.align(collections)
@@ -144,8 +153,7 @@ def evaluate(
     node, call = packed.node(), dask.delayed(sealed(tally, plan=plan), pure=True)
     parts = zip(*(np.ravel(each.to_delayed()) for each in aligned.values()))
     tallies = [call(*blocks, model=node) for blocks in parts]
-    result = dask.delayed(sealed(finish, token=packed.token, return_dict=return_dict), pure=True)(tallies, model=node)
-    return clients.call(client, _computed, client, result, workers, timeout)
+    return dask.delayed(sealed(finish, token=packed.token, return_dict=return_dict), pure=True)(tallies, model=node)
 
 
 def _without(X: Any, y: str) -> tuple[Any, Any]:

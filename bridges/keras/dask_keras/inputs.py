@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -88,7 +88,9 @@ class Feed:
         return Feed(self.form, self.names, reads)
 
 
-def feed_of(model: Any, data: Any, slots: Sequence[Slot] | None) -> tuple[Feed, dict[str, Any], list[Slot]]:
+def feed_of(
+    model: Any, data: Any, slots: Sequence[Slot] | None, role: str = "data"
+) -> tuple[Feed, dict[str, Any], list[Slot]]:
     """How `data` is fed to `model`.
 
     Parameters
@@ -97,6 +99,8 @@ def feed_of(model: Any, data: Any, slots: Sequence[Slot] | None) -> tuple[Feed, 
     data : collection, or tuple, list or dict of them
     slots : sequence of Slot or None
         Its inputs, if it declares them.
+    role : str
+        What errors call `data`.
 
     Returns
     -------
@@ -113,24 +117,28 @@ def feed_of(model: Any, data: Any, slots: Sequence[Slot] | None) -> tuple[Feed, 
     """
     form, parts = _parts(data)
     if form == "one" and slots is not None and _by_column(data, slots):
-        return _columns(model, data, slots)
-    ordered = _matched(model, form, parts, slots)
-    reads, given = [], []
-    for source, (name, part) in enumerate(parts.items()):
-        slot = ordered[source] if ordered is not None else None
-        called = "data" if form == "one" else f"data[{name!r}]"
-        shape = _row_shape(part)
-        if slot is not None:
-            _check_shape(model, called, shape, slot)
-            _check_numbers(called, part, slot)
-            if len(shape) == 0 and len(slot.shape) == 1:
-                shape = (1,)
-        reads.append(Read(source, None, slot))
-        given.append(Slot(slot.name if slot else str(name), shape, slot.dtype if slot else _dtype(part)))
-        if form == "dict":
-            given[-1] = Slot(str(name), given[-1].shape, given[-1].dtype)
-    feed = Feed(form, tuple(str(name) for name in parts), tuple(reads))
-    return feed, {"data" if form == "one" else f"data[{name!r}]": part for name, part in parts.items()}, given
+        return _columns(model, role, data, slots)
+    ordered = _matched(model, role, form, parts, slots)
+    collections = {role if form == "one" else f"{role}[{name!r}]": part for name, part in parts.items()}
+    given = [
+        _given(model, called, part, None if ordered is None else ordered[place])
+        for place, (called, part) in enumerate(collections.items())
+    ]
+    names = tuple(str(name) for name in parts)
+    if form == "dict":
+        given = [replace(slot, name=name) for name, slot in zip(names, given)]
+    reads = tuple(Read(place, None, ordered[place] if ordered else None) for place in range(len(parts)))
+    return Feed(form, names, reads), collections, given
+
+
+def _given(model: Any, called: str, part: Any, slot: Slot | None) -> Slot:
+    """An input as the data has it, which must be as the model takes it."""
+    shape = _row_shape(called, part)
+    if slot is None:
+        return Slot("input", shape, _dtype(part))
+    _check_shape(model, called, shape, slot)
+    _check_numbers(called, part, slot)
+    return replace(slot, shape=(1,) if shape == () and len(slot.shape) == 1 else shape)
 
 
 def targets_of(role: str, data: Any) -> tuple[Feed, dict[str, Any]]:
@@ -161,23 +169,25 @@ def _by_column(data: Any, slots: Sequence[Slot]) -> bool:
     return len(slots) > 1 or (slots[0].shape in ((), (1,)) and len(columns) != 1 and slots[0].name in columns)
 
 
-def _columns(model: Any, frame: Any, slots: Sequence[Slot]) -> tuple[Feed, dict[str, Any], list[Slot]]:
+def _columns(model: Any, role: str, frame: Any, slots: Sequence[Slot]) -> tuple[Feed, dict[str, Any], list[Slot]]:
     by_name = {str(column): column for column in _columns_of(frame) or []}
     if missing := [slot.name for slot in slots if slot.name not in by_name]:
         raise DataError(
-            f"data has no columns {missing} for the inputs of model {model.name!r} of these names; it has "
-            f"{list(by_name)}. Rename them, or pass a dict of inputs: {{{missing[0]!r}: data[[...]]}}"
+            f"{role} has no columns {missing} for the inputs of model {model.name!r} of these names; it has "
+            f"{list(by_name)}. Rename them, or pass a dict of inputs: {{{missing[0]!r}: {role}[[...]]}}"
         )
     for slot in slots:
         column = frame[by_name[slot.name]]
-        _check_shape(model, f"column {slot.name!r} of data", (), slot)
-        _check_numbers(f"column {slot.name!r} of data", column, slot)
+        _check_shape(model, f"column {slot.name!r} of {role}", (), slot)
+        _check_numbers(f"column {slot.name!r} of {role}", column, slot)
     names = tuple(slot.name for slot in slots)
     reads = tuple(Read(0, by_name[slot.name], slot) for slot in slots)
-    return Feed("dict", names, reads), {"data": frame}, list(slots)
+    return Feed("dict", names, reads), {role: frame}, list(slots)
 
 
-def _matched(model: Any, form: Form, parts: dict[Any, Any], slots: Sequence[Slot] | None) -> list[Slot] | None:
+def _matched(
+    model: Any, role: str, form: Form, parts: dict[Any, Any], slots: Sequence[Slot] | None
+) -> list[Slot] | None:
     """The model's inputs in the order of the parts."""
     if slots is None:
         return None
@@ -186,20 +196,22 @@ def _matched(model: Any, form: Form, parts: dict[Any, Any], slots: Sequence[Slot
         given = [str(name) for name in parts]
         missing, unknown = [n for n in names if n not in given], [n for n in given if n not in names]
         if missing or unknown:
-            raise DataError(f"data has other inputs than model {model.name!r}: missing {missing}, unknown {unknown}")
+            raise DataError(f"{role} has other inputs than model {model.name!r}: missing {missing}, unknown {unknown}")
         return [slots[names.index(name)] for name in given]
     if len(parts) != len(slots):
         raise DataError(
-            f"data has {len(parts)} input{'s' * (len(parts) != 1)}, and model {model.name!r} takes {len(slots)}: "
+            f"{role} has {len(parts)} input{'s' * (len(parts) != 1)}, and model {model.name!r} takes {len(slots)}: "
             f"{names}"
         )
     return list(slots)
 
 
-def _row_shape(part: Any) -> tuple[int | None, ...]:
+def _row_shape(called: str, part: Any) -> tuple[int | None, ...]:
     """The shape of one row; None where it is not known."""
     if not hasattr(part, "shape"):
-        raise DataError(f"data is a {type(part).__name__}: pass Dask arrays or dataframes, or tuples or dicts of them")
+        raise DataError(
+            f"{called} is a {type(part).__name__}: pass Dask arrays or dataframes, or tuples or dicts of them"
+        )
     if _columns_of(part) is not None:
         return (len(part.columns),)
     return tuple(None if isinstance(n, float) and math.isnan(n) else int(n) for n in tuple(part.shape)[1:])
