@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import pickle
 import subprocess
 import sys
 import textwrap
@@ -18,6 +19,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from dask.distributed import Client
+from distributed.protocol.pickle import dumps
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -247,6 +249,25 @@ def test_the_model_is_one_node_of_the_graph(dense: Any, two: Any, X: Any) -> Non
     ):
         (lazy,) = dask.optimize(found)
         assert sum("keras-model" in str(key) for key in dict(lazy.__dask_graph__())) == 1
+
+
+@pytest.mark.parametrize("kind", ["array", "frame", "frame and array"])
+def test_a_scheduler_needs_nothing_of_ours(
+    dense: Any, two: Any, X: Any, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ddf = dd.from_pandas(pd.DataFrame(X, columns=["age", "size", "c", "d"]), npartitions=2)
+    array = da.from_array(X, chunks=(30, 4))
+    model, data = {
+        "array": (dense, array),
+        "frame": (dense, ddf),
+        "frame and array": (two, (ddf.age, array[:, :1])),
+    }[kind]
+    found = dask_keras.predict(None, model, data, batch_size=16)
+    sent = dumps(dask.base.collections_to_expr(found))
+    for name in list(sys.modules):
+        if name.partition(".")[0] in ("keras", "tensorflow", "dask_keras", "dask_bridges", "dask_serializers"):
+            monkeypatch.setitem(sys.modules, name, None)
+    pickle.loads(sent).__dask_graph__()
 
 
 @pytest.fixture

@@ -87,8 +87,8 @@ def predict(
 
     Examples
     --------
-    >>> import dask.array as da, keras
-    >>> model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2)])
+    >>> import dask.array as da, keras                                            # doctest: +SKIP
+    >>> model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2)])     # doctest: +SKIP
     >>> dask_keras.predict(None, model, da.ones((100, 3), chunks=(50, 3)), batch_size=32)  # doctest: +SKIP
     dask.array<predict_blocks, shape=(100, 2), dtype=float32, chunksize=(50, 2), chunktype=numpy.ndarray>
     """
