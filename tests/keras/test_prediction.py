@@ -131,6 +131,36 @@ def test_a_frame_keeps_index_and_partitions(keras: Any, X: Any, units: int) -> N
     pd.testing.assert_frame_equal(empty, result[:0])
 
 
+def test_columns_are_numbers_of_any_kind(keras: Any, dense: Any) -> None:
+    class Own(keras.Model):  # type: ignore[misc]
+        def __init__(self, **keywords: Any) -> None:
+            super().__init__(**keywords)
+            self.dense = keras.layers.Dense(2)
+
+        def build(self, shape: Any) -> None:
+            self.dense.build(shape)
+            self.built = True
+
+        def call(self, x: Any) -> Any:
+            return self.dense(x)
+
+    own = Own()
+    own.build((None, 4))
+    frame = pd.DataFrame({"a": [1.5, 2.0], "b": pd.array([1, 2], "Int64"), "c": [True, False], "d": [3, 4]})
+    rows = frame.astype("float32").to_numpy()
+    with lazily:
+        for model in (dense, own):
+            found = dask_keras.predict(None, model, dd.from_pandas(frame, npartitions=1), batch_size=8)
+            close(found.compute(), model.predict(rows, verbose=0))
+        missing = dd.from_pandas(frame.assign(b=pd.array([1, None], "Int64")), npartitions=1)
+        for model in (keras.Sequential([keras.Input((4,)), keras.layers.Dense(2)]), own):
+            found = dask_keras.predict(None, model, missing, batch_size=8).compute()
+            assert found.isna().all(axis=1).tolist() == [False, True]
+        words = dd.from_map(lambda _: frame.assign(c=["x", "y"]).astype({"c": object}), [0], meta=frame[:0])
+        with pytest.raises(DataError, match=r"\['a', 'b', 'c', 'd'\] are not all of numbers"):
+            dask_keras.predict(None, dense, words, batch_size=8).compute()
+
+
 def test_one_number_a_row_is_a_series_and_a_matrix_a_row_an_array(keras: Any, X: Any) -> None:
     frame = pd.DataFrame(X, index=np.arange(ROWS) + 7)
     lazy = dd.from_pandas(frame, npartitions=3)

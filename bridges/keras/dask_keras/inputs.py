@@ -43,19 +43,38 @@ class Read:
 
 
 def _numpy(block: Any, slot: Slot | None) -> Any:
-    kind = np.dtype(object) if slot is not None and slot.dtype == "string" else None
-    if hasattr(block, "iloc"):
-        if slot is not None and kind is None:
-            floats = slot.dtype.startswith(("float", "bfloat"))
-            kind = np.dtype("float64" if slot.dtype == "float64" else "float32") if floats else np.dtype(slot.dtype)
-            return block.to_numpy(dtype=kind, na_value=np.nan) if floats else block.to_numpy(dtype=kind)
-        return block.to_numpy()
-    values = block.toarray() if hasattr(block, "toarray") else np.asarray(block)
-    if values.dtype.kind == "f" and values.dtype.itemsize == 8 and (slot is None or slot.dtype != "float64"):
-        import keras
+    import keras
 
-        return values.astype(slot.dtype if slot is not None and slot.dtype[:5] == "float" else keras.config.floatx())
+    floatx = str(keras.config.floatx())
+    if hasattr(block, "iloc"):
+        values = _of_frame(block, slot, floatx)
+    else:
+        values = block.toarray() if hasattr(block, "toarray") else np.asarray(block)
+    if values.dtype == np.float64 and (slot is None or slot.dtype != "float64"):
+        return values.astype(slot.dtype if slot is not None and slot.dtype[:5] == "float" else floatx)
     return values
+
+
+def _of_frame(frame: Any, slot: Slot | None, floatx: str) -> Any:
+    """Columns as one array of what the model declares; floats are as long as the model's, and hold missing ones."""
+    if slot is not None and slot.dtype == "string":
+        return frame.to_numpy(dtype=object)
+    if slot is not None and slot.dtype[:3] in ("int", "uin", "boo"):
+        return _converted(frame, slot.dtype)
+    dtypes = [frame.dtype] if frame.ndim == 1 else list(frame.dtypes)
+    plain = len({str(dtype) for dtype in dtypes}) == 1 and isinstance(dtypes[0], np.dtype) and dtypes[0].kind in "iufbO"
+    if slot is None and (plain or not all(map(_is_number, dtypes))):
+        return frame.to_numpy()
+    declared = floatx if slot is None or slot.dtype[:5] != "float" else slot.dtype
+    return _converted(frame, declared, na_value=np.nan)
+
+
+def _converted(frame: Any, dtype: str, **keywords: Any) -> Any:
+    try:
+        return frame.to_numpy(dtype=dtype, **keywords)
+    except (TypeError, ValueError) as error:
+        columns = [frame.name] if frame.ndim == 1 else list(frame.columns)
+        raise DataError(f"columns {columns} are not all of numbers that {dtype} can hold: {error}") from error
 
 
 @dataclass(frozen=True)
