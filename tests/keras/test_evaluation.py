@@ -161,6 +161,19 @@ def test_several_outputs_with_their_weights(keras: Any, data: Any, evaluated: An
         close(found, model.evaluate(x, y, batch_size=ROWS, verbose=0, return_dict=return_dict))
 
 
+def test_upstream_still_counts_batches_for_the_losses_of_outputs(keras: Any, data: Any) -> None:
+    """When this fails, `upstream.output_losses` and the pieces of `evaluate` may go."""
+    inputs = keras.Input((4,))
+    model = keras.Model(inputs, [keras.layers.Dense(1, name=name)(inputs) for name in "ab"])
+    model.compile("sgd", ["mse", "mae"])
+    y = [data["number"] * np.arange(ROWS)[:, None]] * 2
+    by_batches, at_once = (
+        model.evaluate(data["X"], y, batch_size=n, verbose=0, return_dict=True) for n in (ROWS - 1, ROWS)
+    )
+    np.testing.assert_allclose(by_batches["loss"], at_once["loss"], rtol=1e-5)
+    assert abs(by_batches["a_loss"] / at_once["a_loss"] - 1) > 0.1
+
+
 def test_a_model_with_a_loss_alone_gives_one_number(keras: Any, data: Any, evaluated: Any) -> None:
     model = classifier(keras, 1, "linear")
     model.compile(loss="mse")
