@@ -71,8 +71,11 @@ def _called(obj: Any) -> str:
     return f"{type(obj).__name__} {getattr(obj, 'name', '')!r}"
 
 
-def take_apart(obj: Any, *, pickle: bool = True) -> Parcel:
-    """Everything an object consists of."""
+def take_apart(obj: Any, *, pickle: bool = True, training: bool = True) -> Parcel:
+    """Everything an object consists of; without `training`, a model that only predicts and evaluates where it arrives.
+
+    Such a one leaves its optimizer behind, with two more copies of the weights, and the running values of metrics.
+    """
     backend = keras.backend.backend()
     if isinstance(obj, keras.Variable):
         return _variable_apart(obj, backend)
@@ -87,7 +90,11 @@ def take_apart(obj: Any, *, pickle: bool = True) -> Parcel:
     _check_pickle(describer, pickle)
     description["modules"] = sorted(describer.modules)
     whole = State(obj)
-    description["optimizers"] = _optimizers(obj, whole.saveables)
+    if not training:
+        whole.forget_late()
+        if "optimizer" in (description["object"].get("compile_config") or {}):
+            description["object"]["compile_config"]["optimizer"] = None
+    description["optimizers"] = _optimizers(obj, whole.saveables) if training else {}
     description["constants"] = len(describer.arrays)
     state, arrays = whole.taken_apart(backend)
     return Parcel(

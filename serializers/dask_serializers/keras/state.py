@@ -70,6 +70,11 @@ class State:
         known = saved | metrics
         return [variable for variable in getattr(root, "variables", []) if id(variable) not in known]
 
+    def forget_late(self) -> None:
+        """Leave out the state of optimizers and metrics."""
+        for path in self.late:
+            self.stores[path] = {}
+
     def taken_apart(self, backend: str) -> tuple[dict[str, Any], list[Array]]:
         """A description of the state, and its arrays."""
         arrays: list[Array] = []
