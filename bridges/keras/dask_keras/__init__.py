@@ -14,10 +14,11 @@ if TYPE_CHECKING:
     from dask_keras.evaluation import evaluate
     from dask_keras.fitting import fit
     from dask_keras.prediction import predict
+    from dask_keras.replica import current
 
-__all__ = ["__version__", "evaluate", "fit", "predict"]
+__all__ = ["__version__", "current", "evaluate", "fit", "predict"]
 
-_HOMES = {"evaluate": "evaluation", "fit": "fitting", "predict": "prediction"}
+_HOMES = {"current": "replica", "evaluate": "evaluation", "fit": "fitting", "predict": "prediction"}
 
 
 def __getattr__(name: str) -> Any:

@@ -20,7 +20,7 @@ from dask_keras.shares import Shares
 from dask_keras.synchronous import Replicas, apart, host, replica
 from dask_tf.schema import Schema
 
-__all__ = ["FOLDER", "Fit", "Set", "Trained", "fit_here"]
+__all__ = ["FOLDER", "Fit", "Set", "Trained", "current", "fit_here"]
 
 #: The descriptor by which a rank knows the folder of its partitions.
 FOLDER = 250
@@ -110,9 +110,26 @@ class Trained:
     callbacks: list[dict[str, bytes]]
 
 
+_members: list[ChildMember] = []
+
+
+def current() -> ChildMember:
+    """The rank that the calling code runs in, for layers, losses and callbacks: ``current().rank``, ``.world_size``.
+
+    Raises
+    ------
+    RuntimeError
+        Elsewhere than in the process of a rank.
+    """
+    if not _members:
+        raise RuntimeError("no rank: this is asked in the process of one, by what dask_keras.fit trains")
+    return _members[0]
+
+
 def fit_here(member: ChildMember, work: tuple[Fit, int]) -> Trained | None:
     """Train as one of the ranks; rank 0 gives what came of it."""
     fit, threads = work
+    _members.append(member)
     _compute_with(threads)
     model = pickle.loads(fit.model)
     rank = member.rank

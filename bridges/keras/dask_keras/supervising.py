@@ -152,7 +152,6 @@ class Supervised:
             ],
             ranks,
             collateral=is_collective_error,
-            names=[f"rank {rank}" for rank in range(len(ranks))],
             **self.options,
         )
         gang = Gang(self.client, plan, attempt)
