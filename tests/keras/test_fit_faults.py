@@ -1,0 +1,257 @@
+"""What is lost, what goes on and what people are told when parts of a Keras training die."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import dask.array as da
+import dask.config
+import numpy as np
+import psutil
+import pytest
+from distributed import Client, LocalCluster
+
+from dask_bridges import DataError, MemberLost
+from dask_bridges.checkpoints import Checkpoints
+from dask_bridges.processes import memberspool
+from dask_bridges.testing import leftovers, wait_until_free
+
+pytestmark = [
+    pytest.mark.cluster,
+    pytest.mark.skipif(sys.platform != "linux", reason="ranks live in child processes, which need Linux"),
+    pytest.mark.skipif(importlib.util.find_spec("tensorflow") is None, reason="needs TensorFlow"),
+]
+
+WORKERS, ROWS, BATCH, EPOCHS = 2, 96, 16, 3
+STEPS = ROWS // BATCH
+
+
+@pytest.fixture(scope="module")
+def doomed() -> Iterator[LocalCluster]:
+    """Dask workers of which some are killed; their nannies bring them back."""
+    with LocalCluster(n_workers=WORKERS, threads_per_worker=1, dashboard_address=":0") as cluster:
+        yield cluster
+
+
+@pytest.fixture
+def client(doomed: LocalCluster) -> Iterator[Client]:
+    with Client(doomed, set_as_default=False) as client:
+        client.wait_for_workers(WORKERS, timeout=60)
+        yield client
+        wait_until_free(client, timeout=10)
+        assert [path for paths in client.run(spools).values() for path in paths] == []
+
+
+def spools() -> list[str]:
+    """Folders of partitions that a Dask worker has left in memory."""
+    return [str(spool.path) for held in memberspool._spools.values() for spool in held if spool.path.exists()]
+
+
+def data() -> tuple[Any, Any]:
+    rng = np.random.default_rng(0)
+    X = rng.normal(size=(ROWS, 4)).astype("float32")
+    return da.from_array(X, chunks=(24, 4)), da.from_array(X[:, 0] * 2, chunks=24)
+
+
+def made(kill: Kill | None = None) -> Any:
+    import keras
+
+    keras.utils.set_random_seed(6)
+    layers = [keras.Input((4,)), keras.layers.Dense(5, "tanh"), keras.layers.Dropout(0.2), keras.layers.Dense(1)]
+    model = keras.Sequential(layers)
+    model.compile(keras.optimizers.Adam(0.01), kill or "mse", metrics=["mae"], run_eagerly=kill is not None)
+    return model
+
+
+class Kill:
+    """A loss that ends its process, once or again and again, on a rank, when it has been asked for the n-th time."""
+
+    def __init__(self, mark: Path, rank: int, call: int, kill: Callable[[], None], again: bool = False) -> None:
+        self.mark, self.rank, self.call, self.kill, self.again = mark, rank, call, kill, again
+        self.calls = 0
+        self.__name__ = "kill"
+
+    def __call__(self, y_true: Any, y_pred: Any) -> Any:
+        import keras
+
+        from dask_keras import current
+
+        if hasattr(y_pred, "numpy"):
+            self.calls += 1
+            if current().rank == self.rank and self.calls == self.call and (self.again or not self.mark.exists()):
+                self.mark.touch()
+                self.kill()
+        return keras.losses.mean_squared_error(y_true, y_pred)
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def die_with_dask_worker() -> None:
+    """The fork server's parent is the Dask worker."""
+    os.kill(psutil.Process().parent().ppid(), signal.SIGKILL)
+    time.sleep(60)  # the kernel ends this process first
+
+
+class KillingCheckpoints(Checkpoints):
+    """Ends the process that keeps the second checkpoint, when all of it but the manifest is written."""
+
+    def _put_files(self, folder: str, files: Any) -> None:
+        super()._put_files(folder, files)
+        mark = Path(self._root).with_name("mark")
+        if self.steps() and not mark.exists():
+            mark.touch()
+            die()
+
+
+def fit(client: Client, model: Any, **options: Any) -> Any:
+    import dask_keras
+
+    X, y = data()
+    return dask_keras.fit(
+        client, model, X, y, batch_size=BATCH, epochs=EPOCHS, seed=11, validation_data=data(), verbose=0, **options
+    )
+
+
+@pytest.fixture(scope="module")
+def undisturbed(doomed: LocalCluster) -> tuple[list[Any], dict[str, list[float]]]:
+    """Weights and history of a training that nobody interrupts."""
+    with Client(doomed, set_as_default=False) as client:
+        model = made()
+        history = fit(client, model)
+        return model.get_weights(), history.history
+
+
+def same(model: Any, history: Any, undisturbed: tuple[list[Any], dict[str, list[float]]]) -> None:
+    weights, values = undisturbed
+    for ours, theirs in zip(model.get_weights(), weights, strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-6)
+    assert history.history.keys() == values.keys()
+    for name in values:
+        np.testing.assert_allclose(history.history[name], values[name], atol=1e-6)
+    assert history.epoch == list(range(EPOCHS))
+
+
+# Without a checkpoint
+
+
+@pytest.mark.parametrize(("rank", "call"), [(1, 1), (0, STEPS), (1, STEPS + 2)], ids=["start", "epoch", "validation"])
+def test_a_killed_rank_ends_the_training_and_is_named(client: Client, tmp_path: Path, rank: int, call: int) -> None:
+    model = made(Kill(tmp_path / "mark", rank, call, die))
+    before, began = model.get_weights(), time.monotonic()
+    with pytest.raises(MemberLost, match=rf"member {rank} was lost, with its process \d+ .*SIGKILL"):
+        fit(client, model)
+    assert time.monotonic() - began < 60
+    assert leftovers(client) == {}
+    assert all(np.array_equal(ours, theirs) for ours, theirs in zip(model.get_weights(), before))
+
+
+def test_a_killed_dask_worker_ends_the_training_and_is_named(client: Client, tmp_path: Path) -> None:
+    with pytest.raises(MemberLost, match=r"member 1 was lost.*, with its worker tcp://"):
+        fit(client, made(Kill(tmp_path / "mark", 1, 3, die_with_dask_worker)))
+    client.wait_for_workers(WORKERS, timeout=60)
+
+
+# With one
+
+
+@pytest.mark.parametrize(
+    ("rank", "call", "every"),
+    [
+        pytest.param(0, 1, None, id="first batch", marks=pytest.mark.slow),
+        pytest.param(1, STEPS + 3, None, id="validation"),
+        pytest.param(0, STEPS + 12, 4, id="in an epoch"),
+        pytest.param(1, 2 * STEPS + 6 + 5, 4, id="in the last epoch", marks=pytest.mark.slow),
+    ],
+)
+def test_a_training_goes_on_from_a_checkpoint_to_the_same_result(
+    client: Client, tmp_path: Path, undisturbed: Any, rank: int, call: int, every: int | None
+) -> None:
+    model = made(Kill(tmp_path / "mark", rank, call, die))
+    history = fit(client, model, checkpoint=tmp_path / "kept", checkpoint_every=every)
+    assert (tmp_path / "mark").exists()
+    assert leftovers(client) == {}
+    same(model, history, undisturbed)
+
+
+def test_a_rank_killed_while_it_keeps_a_checkpoint_goes_on_from_the_one_before(
+    client: Client, tmp_path: Path, undisturbed: Any
+) -> None:
+    model = made()
+    history = fit(client, model, checkpoint=KillingCheckpoints(tmp_path / "kept"))
+    assert (tmp_path / "mark").exists()
+    same(model, history, undisturbed)
+
+
+def test_a_training_goes_on_when_its_dask_worker_is_killed_and_comes_back(
+    client: Client, tmp_path: Path, undisturbed: Any
+) -> None:
+    model = made(Kill(tmp_path / "mark", 1, STEPS + 5, die_with_dask_worker))
+    with dask.config.set({"dask-bridges.worker-return-timeout": "60s"}):
+        history = fit(client, model, checkpoint=tmp_path / "kept")
+    assert (tmp_path / "mark").exists()
+    same(model, history, undisturbed)
+
+
+@pytest.mark.slow
+def test_it_goes_on_with_fewer_workers_when_one_stays_away(tmp_path: Path) -> None:
+    with dask.config.set({"dask-bridges.worker-return-timeout": "1s"}):
+        cluster = LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=":0")
+        with cluster, Client(cluster, set_as_default=False) as client:
+            for nanny in cluster.workers.values():
+                nanny.auto_restart = False
+            model = made(Kill(tmp_path / "mark", 1, STEPS + 5, die_with_dask_worker))
+            history = fit(client, model, checkpoint=tmp_path / "kept")
+            assert len(client.scheduler_info(n_workers=-1)["workers"]) == 1
+            assert history.epoch == list(range(EPOCHS))
+            assert int(model.optimizer.iterations.numpy()) == EPOCHS * STEPS
+
+
+@pytest.mark.slow  # every time another process
+def test_a_training_that_is_lost_again_and_again_is_given_up(client: Client, tmp_path: Path) -> None:
+    with pytest.raises(MemberLost, match="member 0 was lost"):
+        fit(client, made(Kill(tmp_path / "mark", 0, 2, die, again=True)), checkpoint=tmp_path / "kept")
+
+
+def test_a_later_call_goes_on_where_the_last_one_ended(client: Client, tmp_path: Path, undisturbed: Any) -> None:
+    import dask_keras
+
+    X, y = data()
+    first, second = made(), made()
+    options = {
+        "batch_size": BATCH,
+        "seed": 11,
+        "validation_data": data(),
+        "verbose": 0,
+        "checkpoint": tmp_path / "kept",
+    }
+    dask_keras.fit(client, first, X, y, epochs=2, **options)
+    history = dask_keras.fit(client, second, X, y, epochs=EPOCHS, **options)
+    same(second, history, undisturbed)
+    assert int(second.optimizer.iterations.numpy()) == EPOCHS * STEPS
+
+
+def test_the_checkpoint_of_another_model_is_refused(client: Client, tmp_path: Path) -> None:
+    import keras
+
+    fit(client, made(), checkpoint=tmp_path / "kept")
+    other = keras.Sequential([keras.Input((4,)), keras.layers.Dense(1)])
+    other.compile("adam", "mse")
+    with pytest.raises(Exception, match="is of another model or optimizer"):
+        fit(client, other, checkpoint=tmp_path / "kept")
+
+
+def test_checkpoints_in_the_memory_of_one_process_are_refused(client: Client) -> None:
+    with pytest.raises(DataError, match="memory of one process"):
+        fit(client, made(), checkpoint="memory://kept")
+    with pytest.raises(DataError, match="need a place"):
+        fit(client, made(), checkpoint_every=3)
+    assert leftovers(client) == {}
