@@ -28,6 +28,7 @@ class TestLoopback(Loopback, BridgeContract):
     pass
 
 
+@pytest.mark.slow  # TensorFlow and Keras members keep it with the quick tests
 @pytest.mark.cluster
 class TestLoopbackInChildProcesses(Loopback, FailureContract, EndingContract):
     child = True

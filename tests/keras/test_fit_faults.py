@@ -143,7 +143,14 @@ def same(model: Any, history: Any, undisturbed: tuple[list[Any], dict[str, list[
 # Without a checkpoint
 
 
-@pytest.mark.parametrize(("rank", "call"), [(1, 1), (0, STEPS), (1, STEPS + 2)], ids=["start", "epoch", "validation"])
+@pytest.mark.parametrize(
+    ("rank", "call"),
+    [
+        pytest.param(1, 1, id="start", marks=pytest.mark.slow),
+        pytest.param(0, STEPS, id="epoch"),
+        pytest.param(1, STEPS + 2, id="validation", marks=pytest.mark.slow),
+    ],
+)
 def test_a_killed_rank_ends_the_training_and_is_named(client: Client, tmp_path: Path, rank: int, call: int) -> None:
     model = made(Kill(tmp_path / "mark", rank, call, die))
     before, began = model.get_weights(), time.monotonic()
@@ -154,6 +161,7 @@ def test_a_killed_rank_ends_the_training_and_is_named(client: Client, tmp_path: 
     assert all(np.array_equal(ours, theirs) for ours, theirs in zip(model.get_weights(), before))
 
 
+@pytest.mark.slow
 def test_a_killed_dask_worker_ends_the_training_and_is_named(client: Client, tmp_path: Path) -> None:
     with pytest.raises(MemberLost, match=r"member 1 was lost.*, with its worker tcp://"):
         fit(client, made(Kill(tmp_path / "mark", 1, 3, die_with_dask_worker)))
@@ -167,7 +175,7 @@ def test_a_killed_dask_worker_ends_the_training_and_is_named(client: Client, tmp
     ("rank", "call", "every"),
     [
         pytest.param(0, 1, None, id="first batch", marks=pytest.mark.slow),
-        pytest.param(1, STEPS + 3, None, id="validation"),
+        pytest.param(1, STEPS + 3, None, id="validation", marks=pytest.mark.slow),
         pytest.param(0, STEPS + 12, 4, id="in an epoch"),
         pytest.param(1, 2 * STEPS + 6 + 5, 4, id="in the last epoch", marks=pytest.mark.slow),
     ],
@@ -182,6 +190,7 @@ def test_a_training_goes_on_from_a_checkpoint_to_the_same_result(
     same(model, history, undisturbed)
 
 
+@pytest.mark.slow
 def test_a_rank_killed_while_it_keeps_a_checkpoint_goes_on_from_the_one_before(
     client: Client, tmp_path: Path, undisturbed: Any
 ) -> None:
@@ -221,6 +230,7 @@ def test_a_training_that_is_lost_again_and_again_is_given_up(client: Client, tmp
         fit(client, made(Kill(tmp_path / "mark", 0, 2, die, again=True)), checkpoint=tmp_path / "kept")
 
 
+@pytest.mark.slow
 def test_a_later_call_goes_on_where_the_last_one_ended(client: Client, tmp_path: Path, undisturbed: Any) -> None:
     import dask_keras
 
@@ -239,6 +249,7 @@ def test_a_later_call_goes_on_where_the_last_one_ended(client: Client, tmp_path:
     assert int(second.optimizer.iterations.numpy()) == EPOCHS * STEPS
 
 
+@pytest.mark.slow
 def test_the_checkpoint_of_another_model_is_refused(client: Client, tmp_path: Path) -> None:
     import keras
 

@@ -44,6 +44,7 @@ def visits(request: pytest.FixtureRequest) -> Iterator[dict[str, subprocess.Pope
         process.wait()
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(
     "backend", [BACKENDS[0], *(pytest.param(backend, marks=pytest.mark.slow) for backend in BACKENDS[1:])]

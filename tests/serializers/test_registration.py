@@ -62,6 +62,7 @@ def test_registering_imports_no_framework() -> None:
     assert run(code) == []
 
 
+@pytest.mark.slow  # TensorFlow is imported once more
 def test_tensorflow_is_as_untouched_as_after_its_own_import() -> None:
     code = """
     import distributed, keras, tensorflow as tf
@@ -71,6 +72,7 @@ def test_tensorflow_is_as_untouched_as_after_its_own_import() -> None:
     assert run(code) == ["1"]
 
 
+@pytest.mark.slow  # TensorFlow is imported once more
 def test_a_version_we_do_not_know_still_imports() -> None:
     code = """
     import sys, types
@@ -83,6 +85,7 @@ def test_a_version_we_do_not_know_still_imports() -> None:
     assert run(code) == ["Sequential"]
 
 
+@pytest.mark.slow  # TensorFlow is imported once more
 def test_it_can_be_undone() -> None:
     code = f"""
 {MOVES}
@@ -102,6 +105,7 @@ with LocalCluster(processes=False, n_workers=1, dashboard_address=":0") as clust
     assert run(code) == ["True", "True", "error", "False", "True"]
 
 
+@pytest.mark.slow  # TensorFlow is imported once more
 def test_distributeds_own_serializer_still_fails_on_keras_3() -> None:
     """When this fails, upstream has mended it: see whether ours is needed for more than completeness and speed."""
     code = f"""
@@ -115,6 +119,7 @@ print(header["serializer"], "_updated_config" in bytes(frames[1]).decode())
     assert run(code) == ["error", "True"]
 
 
+@pytest.mark.slow  # TensorFlow is imported once more
 def test_a_users_own_pickle_and_copy_are_as_ever() -> None:
     code = f"""
 {MODEL}

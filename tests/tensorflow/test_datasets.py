@@ -171,6 +171,7 @@ print(json.dumps([[y for _, ys in batches.as_numpy_iterator() for y in ys.tolist
 """
 
 
+@pytest.mark.slow  # TensorFlow is imported once more
 def test_a_seed_gives_the_same_orders_in_another_process(tf: Any, fed: Callable[..., Feed]) -> None:
     feed = fed(numbered([64, 30, 40]))
     there = subprocess.run([sys.executable, "-c", _ORDERS], input=pickle.dumps(feed), capture_output=True, check=True)
@@ -352,6 +353,7 @@ os._exit(0)  # a coordinator does not end by itself
 """
 
 
+@pytest.mark.slow  # TensorFlow is imported twice more
 def test_one_graph_is_read_in_the_process_of_a_parameter_servers_worker(
     tf: Any, spool: Spool, fed: Callable[..., Feed], tmp_path: Path
 ) -> None:

@@ -27,6 +27,9 @@ import pytest
 
 pytest.importorskip("dask_tf.training")
 
+#: What most of it is about is tested on Dask workers as well, in test_training.py.
+pytestmark = pytest.mark.slow
+
 # the process that forks
 
 

@@ -105,6 +105,7 @@ class FailureContract(Contract):
         assert leftovers(bridges_doomed_client) == {}
         self.check(self.train(bridges_doomed_client, X, y), X, y)
 
+    @pytest.mark.slow  # Dask takes its time to compute them elsewhere
     def test_a_worker_killed_while_partitions_are_computed_costs_no_result(
         self, bridges_doomed_client: Client, tmp_path: Path
     ) -> None:
