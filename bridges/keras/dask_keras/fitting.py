@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from distributed import Client
 
@@ -14,6 +14,7 @@ from dask_bridges.checkpoints import Checkpoints
 from dask_bridges.errors import DataError
 from dask_bridges.ui.progress import ProgressBar, wants_bar
 from dask_keras import checks
+from dask_keras.asynchronous import OnServers
 from dask_keras.resuming import Keeping
 from dask_keras.supervising import EpochPrinter, Given, Supervised
 
@@ -37,6 +38,8 @@ def fit(
     initial_epoch: int = 0,
     steps_per_epoch: int | None = None,
     validation_freq: int = 1,
+    strategy: Literal["sync", "ps"] = "sync",
+    servers: int = 1,
     checkpoint: str | Path | Checkpoints | None = None,
     checkpoint_every: int | None = None,
     checkpoint_seconds: float | None = None,
@@ -76,6 +79,12 @@ def fit(
         call on as many workers gives the same result. Partitions may be moved for that.
     callbacks : list of keras.callbacks.Callback, optional
         Run once, on the worker of rank 0, on copies whose state comes back.
+    strategy : {"sync", "ps"}
+        "sync" as above. With "ps", workers compute gradients of a batch each, at their own pace, and apply them to
+        variables on parameter servers (TensorFlow only): one step does not equal that of one process, but none
+        waits for others. See `dask_tf.fit`.
+    servers : int, default 1
+        Parameter servers, with "ps"; variables are spread over them.
     checkpoint : str, Path or Checkpoints, optional
         A folder that all workers share, or any other fsspec URL that they reach: the state is kept there, and what
         is there is gone on from, by a later call and by this one where a worker is lost. Without it, that ends
@@ -125,6 +134,24 @@ def fit(
         checks.check_count(name, value, optional=name == "steps_per_epoch")
     if class_weight and sample_weight is not None:
         raise DataError("class_weight and sample_weight cannot be given at the same time, as in Keras")
+    if strategy not in ("sync", "ps"):
+        raise DataError(f"strategy={strategy!r}: there are 'sync' and 'ps'")
+    validation = None if validation_data is None else checks.unpacked(validation_data)
+    if strategy == "ps":
+        on_servers = OnServers(
+            client, model, (X, y, sample_weight), validation, servers, workers,
+            start={"timeout": timeout, "allow_plaintext": allow_plaintext},
+            fit={
+                "batch_size": batch_size, "epochs": epochs, "initial_epoch": initial_epoch, "shuffle": shuffle,
+                "seed": seed, "steps_per_epoch": steps_per_epoch, "validation_freq": validation_freq,
+                "class_weight": class_weight, "callbacks": callbacks, "checkpoint": checkpoint,
+                "checkpoint_seconds": checkpoint_seconds, "progress": None if verbose == "auto" else bool(verbose),
+            },
+        )  # fmt: skip
+        on_servers.check()
+        if checkpoint_every is not None:
+            raise DataError("checkpoint_every counts the batches of strategy='sync': give checkpoint_seconds")
+        return on_servers.run()
     training = Supervised(
         client=client,
         model=model,
@@ -148,10 +175,8 @@ def fit(
         listeners=_listeners(verbose, epochs),
         reproducible=seed is not None,
     )
-    if validation_data is not None:
-        training.sets = [
-            *training.sets, Given.of("validation", model, "validation_", *checks.unpacked(validation_data))
-        ]  # fmt: skip
+    if validation is not None:
+        training.sets = [*training.sets, Given.of("validation", model, "validation_", *validation)]
     training.prepare()
     return clients.call(client, training.run)
 
