@@ -38,6 +38,8 @@ class Case:
         Whether rows have weights.
     exact : bool
         Whether it equals one process.
+    alone : callable, optional
+        Makes the model for one process, where that is another one.
     """
 
     build: Callable[[], Any]
@@ -46,6 +48,7 @@ class Case:
     fit: Any = None
     weighted: bool = False
     exact: bool = True
+    alone: Callable[[], Any] | None = None
 
 
 def numbers(*shape: int) -> Callable[[Any, int], Any]:
@@ -89,7 +92,7 @@ def schedule() -> Any:
     return keras.optimizers.SGD(keras.optimizers.schedules.ExponentialDecay(0.1, 3, 0.5))
 
 
-def conv(batch_norm: bool) -> Callable[[], Any]:
+def conv(batch_norm: bool, optimizer: str = "adam", **options: Any) -> Callable[[], Any]:
     def build() -> Any:
         import keras
 
@@ -97,11 +100,11 @@ def conv(batch_norm: bool) -> Callable[[], Any]:
             [
                 keras.Input((8, 8, 1)),
                 keras.layers.Conv2D(4, 3, activation="relu"),
-                *([keras.layers.BatchNormalization(momentum=0.8)] if batch_norm else []),
+                *([keras.layers.BatchNormalization(momentum=0.8, **options)] if batch_norm else []),
                 keras.layers.GlobalAveragePooling2D(),
                 keras.layers.Dense(3, "softmax"),
             ],
-            of("Adam", learning_rate=0.01)(),
+            optimizer,
             "sparse_categorical_crossentropy",
             ["accuracy"],
         )
@@ -154,6 +157,9 @@ CASES: dict[str, Case] = {
         two_in_two_out, lambda rng, rows: (numbers(3)(rng, rows), numbers(2)(rng, rows)), classes=-2
     ),
     "conv, batch normalization": Case(conv(True), numbers(8, 8, 1), classes=3, exact=False),
+    "conv, synchronized batch normalization": Case(
+        conv(True, "sgd", synchronized=True), numbers(8, 8, 1), classes=3, alone=conv(True, "sgd")
+    ),
 }
 
 
@@ -205,7 +211,7 @@ def compare(client: Any, name: str, layout: Sequence[int], epochs: int = 2) -> d
     X, y = case.inputs(rng, rows), targets(rng, case, rows)
     weight = rng.random(rows).astype("float32") if case.weighted else None
     keras.utils.set_random_seed(3)
-    alone, together = case.build(), case.build()
+    alone, together = (case.alone or case.build)(), case.build()
     together.set_weights(alone.get_weights())
     validation = slice(0, 30)
     at = order(layout, BATCH)

@@ -14,6 +14,7 @@ import numpy as np
 
 from dask_bridges.processes import ChildMember
 from dask_keras import upstream
+from dask_keras.normalizing import is_synchronized
 from dask_keras.resuming import Keeper, Position, Resumed
 from dask_keras.synchronous import Replicas, apart, host, moving
 
@@ -183,7 +184,9 @@ class Agreement(keras.callbacks.CallbackList):  # type: ignore[misc]
     def _spare(self) -> None:
         """Remember what the row that stands in must not change."""
         upstream.sync(self.model)
-        variables = itertools.chain(self.model.metrics_variables, moving(self.model))
+        by_all = {id(v) for layer in upstream.layers(self.model) if is_synchronized(layer) for v in layer.variables}
+        own = (variable for variable in moving(self.model) if id(variable) not in by_all)
+        variables = itertools.chain(self.model.metrics_variables, own)
         self._spared = [(variable, np.array(host(variable))) for variable in variables]
 
     def _restore(self) -> None:

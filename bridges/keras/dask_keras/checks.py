@@ -45,12 +45,6 @@ def check_model(model: Any) -> None:
                 f"loss {loss.name!r} of {name} has reduction={reduction!r}: only means over the rows of a batch "
                 "(reduction='sum_over_batch_size') are the same however the rows are divided over workers"
             )
-    for layer in model._flatten_layers():
-        if isinstance(layer, keras.layers.BatchNormalization) and layer.synchronized:
-            raise DataError(
-                f"layer {layer.name!r} of {name} has synchronized=True, which needs a strategy of TensorFlow: leave "
-                "it out, and each worker normalises by its own part of the batch"
-            )
 
 
 def check_count(name: str, value: Any, *, optional: bool = False) -> None:

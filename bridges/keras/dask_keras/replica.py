@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import pickle
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from dask_bridges.collective import Collective
 from dask_bridges.processes import ChildMember
 from dask_keras import upstream
 from dask_keras.layout import Layout
+from dask_keras.normalizing import Moments, is_synchronized
 from dask_keras.resuming import Keeping
 from dask_keras.rows import Batches, Files, Order
 from dask_keras.shares import Shares
@@ -142,7 +144,10 @@ def fit_here(member: ChildMember, work: tuple[Fit, int]) -> Trained | None:
     validation = _validation(fit, rank)
     with Collective.join(member, port=fit.port) as collective:
         replicas = Replicas(collective, batches.shares, fit.initial_epoch * fit.steps_per_epoch)
-        with replica(model, replicas, looks_on=fit.validation is not None and validation is None):
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(replica(model, replicas, looks_on=fit.validation is not None and validation is None))
+            for layer in filter(is_synchronized, upstream.layers(model)):
+                stack.enter_context(upstream.with_moments(layer, Moments(replicas)))
             try:
                 history = _fit(member, fit, model, replicas, callbacks, batches, validation)
             except BaseException as error:

@@ -10,7 +10,7 @@ add up: they are brought together where a mean over an epoch is asked for.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -58,9 +58,23 @@ class Replicas:
         return self.collective.rank
 
     @property
+    def part(self) -> tuple[int, int]:
+        """Rows of this rank, and of all, in the next step."""
+        of_ranks = self.shares.of_step(self.step)
+        return of_ranks[self.rank], sum(of_ranks)
+
+    @property
     def share(self) -> int:
         """Rows of this rank in the next step."""
-        return self.shares.of_step(self.step)[self.rank]
+        return self.part[0]
+
+    def guarded(self, function: Callable[..., Any], *args: Any) -> Any:
+        """Call what the others take part in, in the middle of a step; what goes wrong is remembered."""
+        try:
+            return function(*args)
+        except BaseException as error:
+            self.error = self.error or error
+            raise
 
     def mean(self, whole: Sequence[Any], of_rows: Sequence[tuple[Any, Any]]) -> tuple[list[Any], list[Any]]:
         """The gradients of the whole batch, of those of this rank's rows; called in every step.
@@ -71,16 +85,14 @@ class Replicas:
         of_rows : sequence of (array, array)
             Of embeddings: the rows that were looked up, as often as they were, and their numbers.
         """
-        try:
-            of_ranks = self.shares.of_step(self.step)
-            share, rows = of_ranks[self.rank], sum(of_ranks)
-            self.step += 1
-            self._rows += share
-            weight = share / rows
-            return self._sum(whole, weight), [self._gathered(*some, weight) for some in of_rows]
-        except BaseException as error:
-            self.error = self.error or error
-            raise
+        return self.guarded(self._mean, whole, of_rows)  # type: ignore[no-any-return]
+
+    def _mean(self, whole: Sequence[Any], of_rows: Sequence[tuple[Any, Any]]) -> tuple[list[Any], list[Any]]:
+        share, rows = self.part
+        self.step += 1
+        self._rows += share
+        weight = share / rows
+        return self._sum(whole, weight), [self._gathered(*some, weight) for some in of_rows]
 
     def _sum(self, gradients: Sequence[Any], weight: float) -> list[Any]:
         """The weighted sums over all ranks."""

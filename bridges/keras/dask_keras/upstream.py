@@ -5,16 +5,22 @@ Checked against Keras 3.15.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
+
+from dask_bridges.errors import DataError
 
 __all__ = [
     "build",
     "has_schedule",
     "in_order",
     "initial_epoch",
+    "layers",
     "output_losses",
     "set_initial_epoch",
     "sync",
+    "with_moments",
 ]
 
 
@@ -27,6 +33,11 @@ def set_initial_epoch(model: Any, epoch: int | None) -> None:
     """See `initial_epoch`."""
     if initial_epoch(model) != epoch:
         model._initial_epoch = epoch
+
+
+def layers(model: Any) -> list[Any]:
+    """All layers of a model, however deep; a public way to them would retire it."""
+    return list(model._flatten_layers())
 
 
 def has_schedule(optimizer: Any) -> bool:
@@ -45,6 +56,26 @@ def build(model: Any, batch: Any) -> None:
     model._symbolic_build(data_batch=batch)
     if not model.optimizer.built:
         model.optimizer.build(model.trainable_variables)
+
+
+@contextlib.contextmanager
+def with_moments(layer: Any, moments: Callable[[Any, Sequence[int]], tuple[Any, Any]]) -> Iterator[None]:
+    """Have a `BatchNormalization` take its mean and variance from `moments`, called with inputs and axes.
+
+    A public method for them, or synchronization by another way than TensorFlow's strategies, would retire it.
+    """
+    of = type(layer)
+
+    def _moments(self: Any, inputs: Any, mask: Any) -> tuple[Any, Any]:
+        if mask is not None:
+            raise DataError(f"layer {self.name!r} has synchronized=True and a mask: leave one out")
+        return moments(inputs, self._reduction_axes)
+
+    layer.__class__ = type(of.__name__, (of,), {"_moments": _moments})
+    try:
+        yield
+    finally:
+        layer.__class__ = of
 
 
 def sync(model: Any) -> None:
