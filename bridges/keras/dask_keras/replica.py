@@ -14,6 +14,7 @@ from dask_bridges.collective import Collective
 from dask_bridges.processes import ChildMember
 from dask_keras import upstream
 from dask_keras.layout import Layout
+from dask_keras.outputs import tell_where
 from dask_keras.resuming import Keeping
 from dask_keras.rows import Batches, Files, Order
 from dask_keras.shares import Shares
@@ -71,6 +72,8 @@ class Fit:
         Of the order of the rows.
     port : int or str
         Where ranks listen for each other, ``dask-bridges.collective-port``.
+    home : str
+        Where the client is, see `outputs.directory`.
     keeping : Keeping or None
         Of checkpoints.
     """
@@ -88,6 +91,7 @@ class Fit:
     shuffle: bool
     seed: int
     port: int | str
+    home: str
     keeping: Keeping | None = None
 
 
@@ -135,6 +139,7 @@ def fit_here(member: ChildMember, work: tuple[Fit, int]) -> Trained | None:
     rank = member.rank
     _differ(model, rank)
     callbacks = pickle.loads(fit.callbacks) if rank == 0 else []
+    tell_where(member, callbacks, fit.home)
     batches = Batches(
         fit.training.files(), fit.training.layout, Shares(fit.training.rows, fit.batch_size),
         Order(fit.shuffle, fit.seed, rank),
