@@ -17,7 +17,7 @@ import pytest
 from distributed import Client
 
 from dask_bridges import DataError, MemberFailed
-from dask_bridges.testing import leftovers
+from dask_bridges.testing import leftovers, wait_until_free
 
 keras = pytest.importorskip("keras")
 tf = pytest.importorskip("tensorflow")
@@ -227,7 +227,7 @@ def test_a_training_goes_on_from_its_backup(both: Both, tmp_path: Path) -> None:
     with pytest.raises(MemberFailed, match="the power is off") as failed:
         both.together([backup(), Breaks(2)], epochs=4, model=model)
     assert isinstance(failed.value.__cause__, RuntimeError)
-    assert leftovers(both.client) == {}
+    wait_until_free(both.client, timeout=30)
     for now, then in zip(model.get_weights(), before):
         np.testing.assert_array_equal(now, then)
     both.together([backup()], epochs=4, model=model)
@@ -254,7 +254,7 @@ def test_a_loss_that_is_no_number_ends_all_and_names_batch_and_rank(
         assert int(model.optimizer.iterations.numpy()) == STEPS
         assert len(model.history.history["loss"]) == 1
     assert "rank 0: the loss is not finite at batch 4 on rank 1" in caplog.text
-    assert leftovers(bridges_client) == {}
+    wait_until_free(bridges_client, timeout=30)
 
 
 # The user's own, for batches
@@ -370,7 +370,7 @@ def test_a_callback_that_raises_ends_all_with_its_error(both: Both) -> None:
         both.together([Fails()])
     assert isinstance(failed.value.__cause__, KeyError)
     assert failed.value.rank == 0
-    assert leftovers(both.client) == {}
+    wait_until_free(both.client, timeout=30)
 
 
 # What comes back

@@ -58,12 +58,12 @@ def check_model(model: Any) -> None:
             )
 
 
-def check_count(name: str, value: Any, *, optional: bool = False) -> None:
+def check_count(name: str, value: Any, *, least: int = 1, optional: bool = False) -> None:
     """Refuse what is no number of something."""
     if value is None and optional:
         return
-    if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < 1:
-        raise DataError(f"{name}={value!r}: pass a whole number of 1 or more")
+    if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < least:
+        raise DataError(f"{name}={value!r}: pass a whole number of {least} or more")
 
 
 def unpacked(validation_data: Any) -> tuple[Any, ...]:
@@ -195,8 +195,8 @@ def _try_out(model: Any, x: Any, y: Any = None, weight: Any = None) -> None:
 
 _MASKED = (
     "the outputs of model {model!r} carry a mask (of an Embedding with mask_zero=True, or a Masking layer), so that "
-    "its loss is a mean over entries, not over rows, and workers with unlike numbers of entries would count wrongly. End "
-    "the mask before the output (a layer that pools over time or returns only its last output does), or give the "
+    "its loss is a mean over entries, not over rows, and workers with unlike numbers of entries would count wrongly. "
+    "End the mask before the output (a layer that pools over time or returns only its last output does), or give the "
     "entries sample weights"
 )
 

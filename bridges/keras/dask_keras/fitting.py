@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -38,7 +38,7 @@ def fit(
     callbacks: Any = None,
     initial_epoch: int = 0,
     steps_per_epoch: int | None = None,
-    validation_freq: int = 1,
+    validation_freq: int | Collection[int] = 1,
     strategy: Literal["sync", "ps"] = "sync",
     servers: int = 1,
     checkpoint: str | Path | Checkpoints | None = None,
@@ -136,6 +136,14 @@ def fit(
     checks.check_model(model)
     for name, value in (("batch_size", batch_size), ("epochs", epochs), ("steps_per_epoch", steps_per_epoch)):
         checks.check_count(name, value, optional=name == "steps_per_epoch")
+    checks.check_count("initial_epoch", initial_epoch, least=0)
+    checks.check_count("seed", seed, least=0, optional=True)
+    for each in validation_freq if isinstance(validation_freq, Collection) else [validation_freq]:
+        checks.check_count("validation_freq", each)
+    if class_weight is not None and not isinstance(class_weight, Mapping):
+        raise DataError(
+            f"class_weight={class_weight!r}: pass a dict of the classes' weights, such as {{0: 1.0, 1: 2.5}}"
+        )
     if class_weight and sample_weight is not None:
         raise DataError("class_weight and sample_weight cannot be given at the same time, as in Keras")
     if strategy not in ("sync", "ps"):
