@@ -6,6 +6,7 @@ import csv
 import itertools
 import logging
 import os
+import re
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -68,9 +69,9 @@ class Both:
     def __init__(self, client: Client) -> None:
         self.client = client
 
-    def alone(self, callbacks: Any, epochs: int = 3, rate: float = 0.05, validate: bool = False, **more: Any) -> Any:
+    def alone(self, callbacks: Any, epochs: int = 3, rate: float = 0.05, validate: int = 0, **more: Any) -> Any:
         X, y = rows()
-        told = {"validation_data": (X[:9], y[:9]), "validation_batch_size": 4} if validate else {}
+        told = {"validation_data": (X[:validate], y[:validate]), "validation_batch_size": 4} if validate else {}
         model = model_of(rate)
         at = order()
         options = {"epochs": epochs, "batch_size": BATCH, "shuffle": False, "verbose": 0, **told, **more}
@@ -82,13 +83,13 @@ class Both:
         callbacks: Any,
         epochs: int = 3,
         rate: float = 0.05,
-        validate: bool = False,
+        validate: int = 0,
         model: Any = None,
         **more: Any,
     ) -> Any:
         X, y = rows()
         model = model or model_of(rate)
-        told = {"validation_data": collections_of_nine(X, y)} if validate else {}
+        told = {"validation_data": parts_of(X[:validate], y[:validate])} if validate else {}
         options = {"workers": 2, "batch_size": BATCH, "shuffle": False, **told, **more}
         dask_keras.fit(self.client, model, *collections(X, y), callbacks=callbacks, epochs=epochs, **options)
         assert leftovers(self.client) == {}
@@ -107,8 +108,9 @@ class Both:
         return alone, together
 
 
-def collections_of_nine(X: Any, y: Any) -> tuple[Any, Any]:
-    return da.from_array(X[:9], chunks=((5, 4), 3)), da.from_array(y[:9], chunks=((5, 4),))
+def parts_of(X: Any, y: Any) -> tuple[Any, Any]:
+    """In parts of five rows: one row is on one rank, and the other looks on."""
+    return da.from_array(X, chunks=(5, 3)), da.from_array(y, chunks=5)
 
 
 def same_weights(one: Any, other: Any) -> None:
@@ -131,13 +133,14 @@ def test_schedules_logs_and_checkpoints_come_out_as_in_one_process(both: Both, t
         return [
             keras.callbacks.LearningRateScheduler(lambda epoch, rate: rate * 0.5 ** (epoch > 1)),
             keras.callbacks.CSVLogger(folder / "log.csv"),
+            keras.callbacks.LambdaCallback(on_epoch_end=lambda epoch, logs: (folder / f"epoch {epoch}").touch()),
             keras.callbacks.ModelCheckpoint(folder / "{epoch}-{val_loss:.3f}.keras", save_best_only=True),
             keras.callbacks.ModelCheckpoint(
                 str(folder / "step-{batch}.weights.h5"), save_weights_only=True, save_freq=4
             ),
         ]
 
-    both.same(callbacks, validate=True)
+    both.same(callbacks, validate=9)
     alone, together = sorted(os.listdir(tmp_path / "alone")), sorted(os.listdir(tmp_path / "together"))
     assert together == alone
     assert sum(name.endswith(".keras") for name in alone) >= 2
@@ -187,7 +190,11 @@ class Spoils(keras.callbacks.Callback):  # type: ignore[misc]
 
 def test_tensorboard_shows_what_it_shows_of_one_process(both: Both, tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
-    both.same(lambda where: [keras.callbacks.TensorBoard(tmp_path / where)], epochs=2, validate=True)
+    both.same(lambda where: [keras.callbacks.TensorBoard(tmp_path / where)], epochs=2, validate=9)
+    files = [
+        sorted(path.parent.name for path in (tmp_path / where).rglob("events*")) for where in ("alone", "together")
+    ]
+    assert files[1] == files[0]
     alone, together = (scalars(tmp_path / where) for where in ("alone", "together"))
     assert together.keys() == alone.keys()
     assert {name.partition("/")[0] for name, _, _ in alone} == {"train", "validation"}
@@ -304,7 +311,7 @@ class StopsEarly(keras.callbacks.Callback):  # type: ignore[misc]
 
 
 def test_a_callback_that_stops_as_an_epoch_begins_lets_one_batch_pass_as_in_one_process(both: Both) -> None:
-    _, together = both.same(lambda where: StopsEarly(), validate=True)  # one alone, not in a list
+    _, together = both.same(lambda where: StopsEarly(), validate=9)  # one alone, not in a list
     assert int(together.optimizer.iterations.numpy()) == STEPS + 1
 
 
@@ -321,7 +328,8 @@ class Asks(keras.callbacks.Callback):  # type: ignore[misc]
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
         self.model.get_metrics_result()
-        self.model.predict(rows()[0], verbose=0)
+        if batch == 1:
+            self.model.predict(rows()[0], verbose=0)
 
     def on_test_begin(self, logs: Any = None) -> None:
         self.own = self.model.get_weights()
@@ -342,9 +350,10 @@ class Asks(keras.callbacks.Callback):  # type: ignore[misc]
         self.found["end"] = logs
 
 
-def test_a_callback_may_evaluate_predict_and_swap_weights(both: Both) -> None:
+@pytest.mark.parametrize("rows", [9, 1])
+def test_a_callback_may_evaluate_predict_and_swap_weights(both: Both, rows: int) -> None:
     made = {where: Asks() for where in ("alone", "together")}
-    both.same(lambda where: [made[where]], epochs=2, validate=True)
+    both.same(lambda where: [made[where]], epochs=2, validate=rows)
     alone, together = (flat(made[where].found) for where in ("alone", "together"))
     assert together.keys() == alone.keys()
     for name, value in alone.items():
@@ -405,11 +414,14 @@ def test_where_files_with_relative_paths_are_is_said(
     ]
 
 
-def test_metrics_that_are_no_single_number_and_a_history_of_the_users_own(both: Both) -> None:
+def test_metrics_that_are_no_single_number_and_a_history_of_the_users_own(
+    both: Both, capsys: pytest.CaptureFixture[str]
+) -> None:
     model = model_of(metrics=[keras.metrics.R2Score(class_aggregation=None)])
     history = keras.callbacks.History()
-    both.together([history], epochs=2, model=model)
+    both.together([history], epochs=2, model=model, verbose=1)
     assert model.history is history
+    assert re.search(r"Keras: 100%.* 10/10 .*loss=", capsys.readouterr().err)
     assert np.shape(history.history["r2_score"]) == (2, 1)
 
 

@@ -226,6 +226,7 @@ def _fit_part(fit: Fit, part: tuple[int, int, int], model: Any, data: Any, valid
         validation_data=validation,
         validation_freq=fit.validation_freq,
         class_weight=fit.class_weight,
+        shuffle=False,  # the batches come as they are to; Keras would warn that it cannot
         callbacks=agreement,
         verbose=0,
     )
