@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import itertools
 import json
+import logging
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import keras
@@ -16,7 +17,7 @@ from dask_bridges.processes import ChildMember
 from dask_keras import upstream
 from dask_keras.normalizing import is_synchronized
 from dask_keras.resuming import Keeper, Position, Resumed
-from dask_keras.synchronous import Replicas, apart, host, moving
+from dask_keras.synchronous import Replicas, host, moving, plain
 
 __all__ = ["Agreement"]
 
@@ -72,10 +73,10 @@ class Agreement(keras.callbacks.CallbackList):  # type: ignore[misc]
         if self._begun:  # one epoch of a training that was interrupted is over
             return
         self._begun = True
-        with apart(self.model):
+        with plain(self.model):
             super().on_train_begin(logs)
         self._follow()
-        (first,) = self._told(upstream.initial_epoch(self.model))
+        first, self.model.stop_training = self._told(upstream.initial_epoch(self.model), bool(self.model.stop_training))
         upstream.set_initial_epoch(self.model, first)
         if self._resumed is not None:
             position, history = self._resumed.position, self.model.history
@@ -89,17 +90,17 @@ class Agreement(keras.callbacks.CallbackList):  # type: ignore[misc]
         if self._past and self._resumed is not None:  # callbacks have seen it begin
             self._resumed.restore_metrics()
             return
-        with apart(self.model):
+        with plain(self.model):
             super().on_epoch_begin(epoch, logs)
         if self._some:
             self._follow()
+            (self.model.stop_training,) = self._told(bool(self.model.stop_training))
 
     def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
-        """Where rank 0 has callbacks for batches, all have its learning rate."""
-        with apart(self.model):
-            super().on_train_batch_begin(self._past + batch, logs)
+        """Where rank 0 has callbacks for batches, all have its learning rate, and its weights if they set some."""
+        changed = self._call(super().on_train_batch_begin, self._past + batch, logs)
         if self._batchwise:
-            self._follow_learning_rate()
+            self._agree_on_state(changed)
         if not self._replicas.share:
             self._spare()
 
@@ -107,30 +108,50 @@ class Agreement(keras.callbacks.CallbackList):  # type: ignore[misc]
         """Where rank 0 has callbacks for batches, all stop with it."""
         batch += self._past
         self._restore()
-        with apart(self.model):
-            super().on_train_batch_end(batch, logs)
+        if self._no_nan:
+            logs = self._with_nan(batch, logs)
+        changed = self._call(super().on_train_batch_end, batch, logs)
         if self._batchwise:
-            self._agree_to_stop(batch, logs)
+            self._agree_on_state(changed)
+            (self.model.stop_training,) = self._told(bool(self.model.stop_training))
         self._member.check()
         if batch + 1 < self._steps:
             self._keep_if_due(self._epoch, batch + 1)
         self._show(batch)
 
+    def on_test_begin(self, logs: Any = None) -> None:
+        """Where rank 0's callbacks set weights to validate with, all have them."""
+        self._call_and_follow(super().on_test_begin, logs)
+
+    def on_test_end(self, logs: Any = None) -> None:
+        """As `on_test_begin`."""
+        self._call_and_follow(super().on_test_end, logs)
+
+    def on_test_batch_begin(self, batch: int, logs: Any = None) -> None:
+        """Rank 0's callbacks see its part of the validation."""
+        with plain(self.model):
+            super().on_test_batch_begin(batch, logs)
+
+    def on_test_batch_end(self, batch: int, logs: Any = None) -> None:
+        """As `on_test_batch_begin`."""
+        with plain(self.model):
+            super().on_test_batch_end(batch, logs)
+
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
         """All stop with rank 0."""
         self._past = 0
-        with apart(self.model):
+        with plain(self.model):
             super().on_epoch_end(epoch, logs)
         (self.model.stop_training,) = self._told(bool(self.model.stop_training))
         self._keep_if_due(epoch + 1, 0, last=self.model.stop_training or epoch + 1 == self._epochs)
         if self._replicas.rank == 0:
-            self._member.metrics(epoch, {name: float(value) for name, value in (logs or {}).items()})
+            self._member.metrics(epoch, _scalars(logs or {}))
             self._member.progress((epoch + 1) * self._steps, self._epochs * self._steps, "batch")
 
     def on_train_end(self, logs: Any = None) -> None:
         """The end."""
         if not self._replicas.unfinished:
-            with apart(self.model):
+            with plain(self.model):
                 super().on_train_end(logs)
 
     def _keep_if_due(self, epoch: int, batch: int, *, last: bool = False) -> None:
@@ -144,7 +165,7 @@ class Agreement(keras.callbacks.CallbackList):  # type: ignore[misc]
         if due or last:
             upstream.sync(self.model)
             history = self.model.history
-            values = {name: [float(value) for value in its] for name, its in history.history.items()}
+            values = {name: np.asarray(its, np.float64).tolist() for name, its in history.history.items()}
             keeper.keep(self.model, Position(epoch, batch, bool(self.model.stop_training), values, list(history.epoch)))
 
     # Agreeing
@@ -168,16 +189,37 @@ class Agreement(keras.callbacks.CallbackList):  # type: ignore[misc]
             if rate != now:
                 optimizer.learning_rate = rate
 
-    def _agree_to_stop(self, batch: int, logs: Any) -> None:
-        loss = float((logs or {}).get("loss", 0.0)) if self._no_nan else 0.0
-        words = json.dumps([bool(self.model.stop_training), math.isfinite(loss)]).encode()
-        found = [json.loads(word) for word in self._replicas.collective.all_gather(words)]
-        self.model.stop_training = found[0][0]
-        ranks = [rank for rank, (_, finite) in enumerate(found) if not finite]
-        if ranks:
-            self.model.stop_training = True
-            if self._replicas.rank == 0:
-                self._member.log(f"the loss is not finite at batch {batch} on rank {', '.join(map(str, ranks))}: ends")
+    def _call(self, function: Callable[..., None], *args: Any) -> bool:
+        """Call callbacks; whether they gave the model or its optimizer other values."""
+        with plain(self.model), upstream.assigned() as found:
+            function(*args)
+        if not found:
+            return False
+        model = self.model
+        ours = {id(variable) for variable in (*model.variables, *model.optimizer.variables)}
+        ours.discard(id(model.optimizer.learning_rate))  # which is told anyway
+        return not ours.isdisjoint(found)
+
+    def _call_and_follow(self, function: Callable[..., None], logs: Any) -> None:
+        changed = self._call(function, logs)
+        if self._some and self._told(changed)[0]:
+            self._follow()
+
+    def _agree_on_state(self, changed: bool) -> None:
+        self._follow_learning_rate()
+        if self._told(changed)[0]:
+            self._follow()
+
+    def _with_nan(self, batch: int, logs: Any) -> Any:
+        """What rank 0 tells its callbacks: a loss that is no number on any rank is none."""
+        finite = math.isfinite(float((logs or {}).get("loss", 0.0)))
+        found = [json.loads(word) for word in self._replicas.collective.all_gather(json.dumps(finite).encode())]
+        ranks = [rank for rank, fine in enumerate(found) if not fine]
+        if not ranks or self._replicas.rank:
+            return logs
+        names = f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}"
+        self._member.log(f"the loss is not finite at batch {batch} on {names}", logging.WARNING)
+        return {**logs, "loss": math.nan}
 
     # Steps in which this rank has no row
 
@@ -203,6 +245,11 @@ class Agreement(keras.callbacks.CallbackList):  # type: ignore[misc]
         if self._replicas.rank == 0 and now - self._last > _PAUSE:
             self._last = now
             self._member.progress(self._replicas.step, self._epochs * self._steps, "batch")
+
+
+def _scalars(logs: Mapping[str, Any]) -> dict[str, float]:
+    """Of metrics, those that are one number."""
+    return {name: float(value) for name, value in logs.items() if np.ndim(value) == 0}
 
 
 def _wishes(callbacks: Sequence[Any]) -> tuple[bool, bool, bool]:

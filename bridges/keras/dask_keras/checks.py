@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import pickle
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,10 +12,13 @@ from distributed.protocol.pickle import dumps
 
 from dask_bridges import partitions
 from dask_bridges.errors import DataError
+from dask_keras import upstream
 from dask_keras.replica import Set
 from dask_tf.schema import itemsize
 
-__all__ = ["check_count", "check_element", "check_model", "matrices", "pickled_callbacks", "unpacked"]
+__all__ = ["check_count", "check_element", "check_model", "listed", "matrices", "pickled_callbacks", "unpacked"]
+
+logger = logging.getLogger(__name__)
 
 
 def check_model(model: Any) -> None:
@@ -47,12 +52,12 @@ def check_model(model: Any) -> None:
             )
 
 
-def check_count(name: str, value: Any, *, optional: bool = False) -> None:
+def check_count(name: str, value: Any, *, least: int = 1, optional: bool = False) -> None:
     """Refuse what is no number of something."""
     if value is None and optional:
         return
-    if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < 1:
-        raise DataError(f"{name}={value!r}: pass a whole number of 1 or more")
+    if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < least:
+        raise DataError(f"{name}={value!r}: pass a whole number of {least} or more")
 
 
 def unpacked(validation_data: Any) -> tuple[Any, ...]:
@@ -62,11 +67,17 @@ def unpacked(validation_data: Any) -> tuple[Any, ...]:
     return tuple(validation_data)
 
 
-def pickled_callbacks(callbacks: Any) -> bytes:
+def listed(callbacks: Any) -> list[Any]:
+    """The callbacks as Keras takes them: one, or any nest of them."""
+    import keras
+
+    return [] if callbacks is None else keras.tree.flatten(callbacks)
+
+
+def pickled_callbacks(given: list[Any]) -> bytes:
     """The callbacks as they travel; one that cannot is named."""
     import keras
 
-    given = list(callbacks or ())
     for callback in given:
         if not isinstance(callback, keras.callbacks.Callback):
             raise TypeError(f"callbacks are keras.callbacks.Callback objects, not {callback!r}")
@@ -106,9 +117,14 @@ def matrices(model: Any, X: Any, collections: Mapping[str, Any]) -> frozenset[st
 
 
 def check_element(model: Any, found: Set) -> None:
-    """See that two rows fit the model's inputs."""
+    """See that two rows fit the model's inputs, its outputs and its loss."""
     blocks = tuple(np.zeros((2, block.width), _dtype(block.dtype)) for block in found.schema.blocks)
-    inputs = found.layout.element(found.schema, blocks)[0]
+    element = found.layout.element(found.schema, blocks)
+    _check_inputs(model, element[0])
+    _try_out(model, *element)
+
+
+def _check_inputs(model: Any, inputs: Any) -> None:
     wanted = getattr(model, "inputs", None)
     if not wanted:
         return
@@ -135,6 +151,74 @@ def _check_shape(model: Any, spec: Any, value: Any) -> None:
         raise DataError(
             f"input {spec.name!r} of model {model.name!r} takes rows of shape {wanted}, and X has rows of shape {given}"
         )
+
+
+def _try_out(model: Any, x: Any, y: Any = None, weight: Any = None) -> None:
+    """Trace the model and its loss on what stands for two rows; nothing is computed."""
+    import keras
+
+    if model.run_eagerly:  # it may do what cannot be traced
+        return
+    whole = model if model.built else pickle.loads(dumps(model))  # the user's stays without weights
+    of_model = type(model).compute_loss.__module__.startswith("keras.")
+    loss = upstream.fresh_loss(model) if of_model else None
+    outputs: list[Any] = []
+
+    def trial(x: Any, y: Any, weight: Any) -> Any:
+        outputs.append(whole(x, training=True))
+        if any(upstream.mask_of(tensor) is not None for tensor in keras.tree.flatten(outputs)):
+            raise DataError(_MASKED.format(model=model.name))
+        return loss(y, outputs[0], weight) if loss is not None else ()
+
+    given = keras.tree.map_structure(_symbol, [x, y, weight])
+    try:
+        upstream.tried(trial, *given)
+    except DataError:
+        raise
+    except (ValueError, TypeError) as error:
+        if type(error).__name__ == "OperatorNotAllowedInGraphError":  # of TensorFlow, which may yet convert it
+            return
+        of = f", to outputs of {_described(outputs[0])}" if outputs else ""
+        raise DataError(
+            f"model {model.name!r} cannot be trained on X of {_described(x)} and y of {_described(y)} a row{of}, with "
+            f"the loss {_named(model.loss)}: {error}"
+        ) from error
+    except Exception:
+        logger.debug("model %r could not be tried out", model.name, exc_info=True)
+
+
+_MASKED = (
+    "the outputs of model {model!r} carry a mask (of an Embedding with mask_zero=True, or a Masking layer), so that "
+    "its loss is a mean over entries, not over rows, and workers with unlike numbers of entries would count wrongly. "
+    "End the mask before the output (a layer that pools over time or returns only its last output does), or give the "
+    "entries sample weights"
+)
+
+
+def _symbol(value: Any) -> Any:
+    import keras
+
+    return None if value is None else keras.KerasTensor(value.shape, _name(value.dtype))
+
+
+def _name(dtype: Any) -> str:
+    return "bfloat16" if np.dtype(dtype).kind == "V" else str(np.dtype(dtype))
+
+
+def _described(values: Any) -> str:
+    import keras
+
+    flat = [f"shape {tuple(value.shape[1:])}" for value in keras.tree.flatten(values) if value is not None]
+    return " and ".join(flat) or "none"
+
+
+def _named(loss: Any) -> str:
+    import keras
+
+    return ", ".join(
+        each if isinstance(each, str) else str(getattr(each, "name", getattr(each, "__name__", each)))
+        for each in keras.tree.flatten(loss)
+    )
 
 
 def _dtype(name: str) -> Any:

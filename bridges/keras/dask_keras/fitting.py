@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,6 +15,7 @@ from dask_bridges.errors import DataError
 from dask_bridges.ui.progress import ProgressBar, wants_bar
 from dask_keras import checks
 from dask_keras.asynchronous import OnServers
+from dask_keras.outputs import directory
 from dask_keras.resuming import Keeping
 from dask_keras.supervising import EpochPrinter, Given, Supervised
 
@@ -37,7 +38,7 @@ def fit(
     callbacks: Any = None,
     initial_epoch: int = 0,
     steps_per_epoch: int | None = None,
-    validation_freq: int = 1,
+    validation_freq: int | Collection[int] = 1,
     strategy: Literal["sync", "ps"] = "sync",
     servers: int = 1,
     checkpoint: str | Path | Checkpoints | None = None,
@@ -78,7 +79,10 @@ def fit(
         Whether rows are mixed anew in each pass, over all partitions of a worker; and the seed, with which another
         call on as many workers gives the same result. Partitions may be moved for that.
     callbacks : list of keras.callbacks.Callback, optional
-        Run once, on the worker of rank 0, on copies whose state comes back.
+        Run once, on the worker of rank 0, on copies whose state comes back. What is told of a batch
+        is of rank 0's part of it; what is told of an epoch, of all rows. Files that they write
+        (`CSVLogger`, `ModelCheckpoint`) are on that worker's host, those with a relative path in
+        that worker's directory: a line in the log (of `dask_keras`) says where, unless it is the client's.
     strategy : {"sync", "ps"}
         "sync" as above. With "ps", workers compute gradients of a batch each, at their own pace, and apply them to
         variables on parameter servers (TensorFlow only): one step does not equal that of one process, but none
@@ -132,6 +136,14 @@ def fit(
     checks.check_model(model)
     for name, value in (("batch_size", batch_size), ("epochs", epochs), ("steps_per_epoch", steps_per_epoch)):
         checks.check_count(name, value, optional=name == "steps_per_epoch")
+    checks.check_count("initial_epoch", initial_epoch, least=0)
+    checks.check_count("seed", seed, least=0, optional=True)
+    for each in validation_freq if isinstance(validation_freq, Collection) else [validation_freq]:
+        checks.check_count("validation_freq", each)
+    if class_weight is not None and not isinstance(class_weight, Mapping):
+        raise DataError(
+            f"class_weight={class_weight!r}: pass a dict of the classes' weights, such as {{0: 1.0, 1: 2.5}}"
+        )
     if class_weight and sample_weight is not None:
         raise DataError("class_weight and sample_weight cannot be given at the same time, as in Keras")
     if strategy not in ("sync", "ps"):
@@ -152,10 +164,11 @@ def fit(
         if checkpoint_every is not None:
             raise DataError("checkpoint_every counts the batches of strategy='sync': give checkpoint_seconds")
         return on_servers.run()
+    callbacks = checks.listed(callbacks)
     training = Supervised(
         client=client,
         model=model,
-        callbacks=list(callbacks or ()),
+        callbacks=callbacks,
         sets=[Given.of("train", model, "", X, y, sample_weight)],
         workers=workers,
         options={"exclusive": exclusive, "timeout": timeout},
@@ -170,6 +183,7 @@ def fit(
             "shuffle": bool(shuffle),
             "seed": secrets.randbits(32) if seed is None else int(seed),
             "port": config.get("collective-port"),
+            "home": directory(),
         },
         keeping=_keeping(checkpoint, checkpoint_every, checkpoint_seconds),
         listeners=_listeners(verbose, epochs),

@@ -16,6 +16,7 @@ from dask_bridges.processes import ChildMember
 from dask_keras import upstream
 from dask_keras.layout import Layout
 from dask_keras.normalizing import Moments, is_synchronized
+from dask_keras.outputs import tell_where
 from dask_keras.resuming import Keeping
 from dask_keras.rows import Batches, Files, Order
 from dask_keras.shares import Shares
@@ -73,6 +74,8 @@ class Fit:
         Of the order of the rows.
     port : int or str
         Where ranks listen for each other, ``dask-bridges.collective-port``.
+    home : str
+        Where the client is, see `outputs.directory`.
     keeping : Keeping or None
         Of checkpoints.
     """
@@ -90,6 +93,7 @@ class Fit:
     shuffle: bool
     seed: int
     port: int | str
+    home: str
     keeping: Keeping | None = None
 
 
@@ -137,6 +141,7 @@ def fit_here(member: ChildMember, work: tuple[Fit, int]) -> Trained | None:
     rank = member.rank
     _differ(model, rank)
     callbacks = pickle.loads(fit.callbacks) if rank == 0 else []
+    tell_where(member, callbacks, fit.home)
     batches = Batches(
         fit.training.files(), fit.training.layout, Shares(fit.training.rows, fit.batch_size),
         Order(fit.shuffle, fit.seed, rank),
@@ -226,6 +231,7 @@ def _fit_part(fit: Fit, part: tuple[int, int, int], model: Any, data: Any, valid
         validation_data=validation,
         validation_freq=fit.validation_freq,
         class_weight=fit.class_weight,
+        shuffle=False,  # the batches come as they are to; Keras would warn that it cannot
         callbacks=agreement,
         verbose=0,
     )

@@ -323,7 +323,7 @@ def _adopted(model: Any, callbacks: Sequence[Any], trained: Trained) -> Any:
             own.assign(its)
     for callback, state in zip(callbacks, trained.callbacks, strict=True):
         vars(callback).update({name: pickle.loads(value) for name, value in state.items()})
-        callback.set_model(model)
+        callback._model = model  # set_model() may do more: TensorBoard's writes files
     history = next((each for each in callbacks if isinstance(each, keras.callbacks.History)), None)
     history = history or keras.callbacks.History()
     history.set_model(model)

@@ -19,7 +19,7 @@ from dask_bridges.collective import Collective
 from dask_keras.host_calls import through_host
 from dask_keras.shares import Shares
 
-__all__ = ["Replicas", "apart", "host", "moving", "replica"]
+__all__ = ["Replicas", "apart", "host", "moving", "plain", "replica"]
 
 
 class Replicas:
@@ -235,9 +235,15 @@ class _Model:
 
     def evaluate(self, *args: Any, **kwargs: Any) -> Any:
         """As ever; a rank without rows for it adds nothing to what the others find."""
+        import keras
+
         if self._looks_on and not self._apart:
+            callbacks = kwargs.get("callbacks") or keras.callbacks.CallbackList()
+            callbacks.on_test_begin()
             self.reset_metrics()  # type: ignore[attr-defined]
-            return self.get_metrics_result()
+            result = self.get_metrics_result()
+            callbacks.on_test_end(result)
+            return result
         return super().evaluate(*args, **kwargs)  # type: ignore[misc]
 
     def get_metrics_result(self) -> Any:
@@ -266,6 +272,25 @@ def apart(model: Any) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def plain(model: Any) -> Iterator[None]:
+    """A replica is of its own class within, as callbacks save and copy it, and asks no others."""
+    optimizer = model.optimizer
+    classes = [(each, type(each)) for each in (model, optimizer)]
+    for each, of_replica in classes:
+        each.__class__ = of_replica._plain
+    try:
+        yield
+    finally:
+        for each, of_replica in classes:
+            each.__class__ = of_replica
+    if model.optimizer is not optimizer:
+        raise RuntimeError(
+            f"a callback compiled model {model.name!r} anew while it trains, of which the other ranks cannot know: "
+            "end the training (model.stop_training = True), compile, and call fit again"
+        )
+
+
+@contextlib.contextmanager
 def replica(model: Any, replicas: Replicas, *, looks_on: bool = False) -> Iterator[None]:
     """Make a compiled model one of several, within.
 
@@ -282,9 +307,10 @@ def replica(model: Any, replicas: Replicas, *, looks_on: bool = False) -> Iterat
     over = _AppliesStateless if keras.backend.backend() == "jax" else _Applies
     of_model, of_optimizer = type(model), type(optimizer)
     # What is set on the class, Keras does not track.
-    own = {"_replicas": replicas, "_apart": [], "_looks_on": looks_on}
+    own = {"_replicas": replicas, "_plain": of_model, "_apart": [], "_looks_on": looks_on}
     model.__class__ = type(of_model.__name__, (_Model, of_model), own)
-    optimizer.__class__ = type(of_optimizer.__name__, (over, of_optimizer), {"_replicas": replicas})
+    of = {"_replicas": replicas, "_plain": of_optimizer}
+    optimizer.__class__ = type(of_optimizer.__name__, (over, of_optimizer), of)
     try:
         yield
     finally:

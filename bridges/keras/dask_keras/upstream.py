@@ -8,18 +8,23 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
+from unittest import mock
 
 from dask_bridges.errors import DataError
 
 __all__ = [
+    "assigned",
     "build",
+    "fresh_loss",
     "has_schedule",
     "in_order",
     "initial_epoch",
     "layers",
+    "mask_of",
     "output_losses",
     "set_initial_epoch",
     "sync",
+    "tried",
     "with_moments",
 ]
 
@@ -101,3 +106,39 @@ def output_losses(model: Any) -> list[Any]:
     """
     loss = model._compile_loss
     return [] if loss is None else list(loss.metrics)
+
+
+@contextlib.contextmanager
+def assigned() -> Iterator[set[int]]:
+    """The ids of the variables that are given values within; a count of a variable's versions would retire it."""
+    import keras
+
+    found: set[int] = set()
+    assign = keras.Variable.assign
+
+    def noted(variable: Any, value: Any) -> Any:
+        found.add(id(variable))
+        return assign(variable, value)
+
+    with mock.patch.object(keras.Variable, "assign", noted):
+        yield found
+
+
+def tried(function: Any, *args: Any) -> None:
+    """Run a function on `KerasTensor`s, to no effect but its errors; a public name for this would retire it."""
+    from keras.src.backend import compute_output_spec
+
+    compute_output_spec(function, *args)
+
+
+def fresh_loss(model: Any) -> Any:
+    """The loss as it was compiled, not yet built for any data; a public way to copy it would retire it."""
+    held = model._compile_loss
+    return type(held)(held._user_loss, held._user_loss_weights, output_names=held.output_names)
+
+
+def mask_of(tensor: Any) -> Any:
+    """The mask that goes with a tensor, which losses look at; a public question would retire it."""
+    from keras.src.backend import get_keras_mask
+
+    return get_keras_mask(tensor)
