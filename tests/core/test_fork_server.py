@@ -336,6 +336,14 @@ def test_children_do_not_draw_the_same_random_numbers(children: Callable[..., An
     assert len(set(numbers)) == 4
 
 
+def test_a_server_that_dies_before_it_forks_is_a_lost_member(
+    children: Callable[..., Any], on_workers: Callable[[str, str], str]
+) -> None:
+    module = on_workers("ends_its_process", "import os\nos._exit(3)\n")
+    with pytest.raises(MemberLost, match=r"member \d was lost before it had a process on tcp://.* has ended \(3\)"):
+        children(draws, None, Environment((module,)))
+
+
 def test_a_module_that_cannot_be_imported_is_named_with_what_it_said(
     children: Callable[..., Any], on_workers: Callable[[str, str], str]
 ) -> None:

@@ -109,7 +109,7 @@ def matrices(model: Any, X: Any, collections: Mapping[str, Any]) -> frozenset[st
     inputs = getattr(model, "inputs", None)
     if inputs and set(collections) == frames and len(frames) == 1 and not isinstance(X, Mapping | tuple | list):
         (role,) = frames
-        by_name = isinstance(getattr(model, "_inputs_struct", None), dict)
+        by_name = isinstance(model.input, dict)
         if len(inputs) == 1 and not by_name and inputs[0].name not in collections[role].columns:
             return frozenset(frames)
         return frozenset()

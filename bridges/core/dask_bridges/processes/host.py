@@ -321,7 +321,14 @@ def _unless_stopped(member: WorkerMember, asked: futures.Future[Process]) -> Pro
     if not asked.done():
         asked.add_done_callback(_kill_late)
         raise MemberStopped(member.stopping or "")
-    return asked.result()
+    try:
+        return asked.result()
+    except OSError as error:  # no more processes, or the fork server has just ended
+        worker = member.spec.workers[member.rank]
+        raise MemberLost(
+            f"{member.label}: {member.name} was lost before it had a process on {worker}: {error}",
+            member.rank, worker, member.host,
+        ) from error  # fmt: skip
 
 
 def _kill_late(asked: futures.Future[Process]) -> None:
