@@ -17,7 +17,7 @@ __all__ = ["EPOCHS", "build", "predict", "train"]
 
 EPOCHS = 8
 _PATIENCE = 2
-_BATCH, _PREDICTED = 2048, 8192
+_BATCH, _PREDICTED = 1024, 8192
 
 
 def build(sizes: dict[str, int]) -> Any:
@@ -40,7 +40,7 @@ def build(sizes: dict[str, int]) -> Any:
         hidden = keras.layers.Dropout(0.2)(keras.layers.Dense(units, "relu")(hidden))
     late = keras.layers.Dense(1, "sigmoid", name=LABEL)(hidden)
     model = keras.Model({**categories, "numbers": numbers}, late, name="flights")
-    model.compile(keras.optimizers.Adam(0.003), "binary_crossentropy", metrics=[keras.metrics.AUC(name="auc")])
+    model.compile(keras.optimizers.Adam(0.002), "binary_crossentropy", metrics=[keras.metrics.AUC(name="auc")])
     return model
 
 
