@@ -12,7 +12,7 @@ MAKEFLAGS += --no-print-directory
 help:  ## what there is
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
 
-demo: $(VENV)/.demo  ## train XGBoost on 336,776 real flights, on a local Dask cluster
+demo: $(VENV)/.demo  ## train XGBoost and Keras on 336,776 real flights, on a local Dask cluster
 	$(BIN)/dask bridges demo
 
 test: $(VENV)/.dev  ## the tests, short settings
@@ -35,6 +35,7 @@ bench: $(VENV)/.dev  ## the benchmarks, each beside its peer
 	$(BIN)/python benchmarks/spool.py
 	$(BIN)/python benchmarks/tf_feed.py
 	$(BIN)/python benchmarks/tf_cluster.py
+	$(BIN)/python benchmarks/keras_fit.py
 
 docs: $(VENV)/.dev  ## the documentation, to docs/_build/html
 	$(PIP) install --quiet -e ".[docs]"
@@ -51,7 +52,7 @@ $(BIN)/python:
 	$(PIP) install --quiet --upgrade pip
 
 $(VENV)/.demo: pyproject.toml | $(BIN)/python
-	$(PIP) install --quiet -e ".[xgboost-cpu,demo]"
+	$(PIP) install --quiet -e ".[xgboost-cpu,keras-cpu,demo]"
 	@touch $@
 
 $(VENV)/.dev: pyproject.toml | $(BIN)/python

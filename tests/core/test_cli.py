@@ -22,6 +22,14 @@ def greet(client: object, options: DemoOptions) -> None:
     click.echo(f"trained {options.rows} rows for {options.rounds} rounds into {options.output.name}")
 
 
+def score(client: object, options: DemoOptions) -> dict[str, dict[str, float]]:
+    return {"a coin": {"AUC": 0.5}}
+
+
+def compare(client: object, options: DemoOptions) -> None:
+    click.echo(f"after {dict(options.scores)}, {options.epochs} epochs")
+
+
 def refuse(client: object, options: DemoOptions) -> None:
     raise PlacementError("3 workers wanted, 1 there")
 
@@ -32,7 +40,7 @@ def offer(monkeypatch: pytest.MonkeyPatch):
 
     def install(**objects: object) -> None:
         module = ModuleType(MODULE)
-        module.greet, module.refuse = greet, refuse  # type: ignore[attr-defined]
+        vars(module).update(greet=greet, refuse=refuse, score=score, compare=compare)
         for name, thing in objects.items():
             setattr(module, name, thing)
         monkeypatch.setitem(sys.modules, MODULE, module)
@@ -69,7 +77,7 @@ def test_demo_help_tells_the_options_and_the_installed_demos(offer) -> None:
     offer(one=Plugin("one", Demo("Trains on one thing.", "nowhere:run")), quiet=Plugin("quiet"))
     result = bridges("demo", "--help")
     assert result.exit_code == 0
-    for option in ("--scheduler", "--workers", "--output", "--rows", "--rounds"):
+    for option in ("--scheduler", "--workers", "--output", "--rows", "--rounds", "--epochs", "--only"):
         assert option in result.output
     assert "Trains on one thing." in result.output
     assert "quiet" not in result.output
@@ -90,6 +98,34 @@ def test_demo_passes_the_options_on(offer, no_cluster, tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     assert "trained 2000 rows for 7 rounds into out" in result.output
     assert (tmp_path / "out").is_dir()
+
+
+def test_a_demo_is_given_the_scores_of_those_in_the_places_before(offer, no_cluster, tmp_path: Path) -> None:
+    offer(
+        alpha=Plugin("alpha", Demo("", f"{MODULE}:compare", place=1)),
+        omega=Plugin("omega", Demo("", f"{MODULE}:score")),
+    )
+    result = demo(tmp_path, "--epochs", "3")
+    assert "after {'a coin': {'AUC': 0.5}}, 3 epochs" in result.output
+    alone = demo(tmp_path, "--only", "alpha")
+    assert "after {}, None epochs" in alone.output
+
+
+def test_a_demo_that_lacks_a_package_is_left_out(offer, no_cluster, tmp_path: Path) -> None:
+    lacks = Demo("", "nowhere:run", (Extra("rare", ("no_such_package",)),), place=1)
+    offer(one=Plugin("one", Demo("", f"{MODULE}:greet")), two=Plugin("two", lacks))
+    result = demo(tmp_path)
+    assert result.exit_code == 0, result.output
+    assert "The two part of the demo is left out: no_such_package is not installed" in result.output
+    assert 'pip install "dask-bridges[rare]"' in result.output
+    assert "trained None rows" in result.output
+
+
+def test_only_a_demo_that_is_there_can_be_chosen(offer, no_cluster, tmp_path: Path) -> None:
+    offer(one=Plugin("one", Demo("", f"{MODULE}:greet")))
+    result = demo(tmp_path, "--only", "two")
+    assert result.exit_code == 2
+    assert "--only two: the demos installed are one." in result.output
 
 
 def test_without_a_demo_it_says_what_to_install(offer, tmp_path: Path) -> None:

@@ -7,8 +7,8 @@ by text where its code is, so that finding it loads no framework.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from importlib.metadata import entry_points
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,9 +18,12 @@ from typing import TYPE_CHECKING, cast
 if TYPE_CHECKING:
     from distributed import Client
 
-__all__ = ["GROUP", "Demo", "DemoOptions", "Extra", "Plugin", "installed"]
+__all__ = ["GROUP", "Demo", "DemoOptions", "Extra", "Plugin", "Scores", "installed"]
 
 GROUP = "dask_bridges.plugins"
+
+Scores = dict[str, dict[str, float]]
+"""How well the held-out rows are guessed: the value of each metric, by who guessed."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,10 @@ class DemoOptions:
     """About how many rows of the data to use; None for all."""
     rounds: int | None = None
     """At most how many boosting rounds to train; None for the demo's own number."""
+    epochs: int | None = None
+    """At most how many epochs to train; None for the demo's own number."""
+    scores: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    """What the parts before this one returned, to be shown beside its own."""
 
 
 @dataclass(frozen=True)
@@ -56,9 +63,11 @@ class Demo:
     summary: str
     """What it shows, for the help text: one line."""
     run: str
-    """``"module:function"``, called with a client and :class:`DemoOptions`."""
+    """``"module:function"``, called with a client and :class:`DemoOptions`; it may return :data:`Scores`."""
     extras: tuple[Extra, ...] = ()
     """What has to be installed on the client."""
+    place: int = 0
+    """Parts run in the order of this number, and of their plugins' names where it is the same."""
 
     def unmet(self) -> str:
         """What is missing here and how to install it, in one line; empty when nothing is.
@@ -77,9 +86,9 @@ class Demo:
         verb = "is" if len(packages) == 1 else "are"
         return f'{", ".join(packages)} {verb} not installed; run: pip install "dask-bridges[{",".join(gaps)}]"'
 
-    def load(self) -> Callable[[Client, DemoOptions], None]:
+    def load(self) -> Callable[[Client, DemoOptions], Scores | None]:
         """Import the function that :attr:`run` names."""
-        return cast("Callable[[Client, DemoOptions], None]", resolve_name(self.run))
+        return cast("Callable[[Client, DemoOptions], Scores | None]", resolve_name(self.run))
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,9 @@ import numpy as np
 from dask.base import compute
 from distributed import Client
 
-from dask_bridges.ui.plugins import DemoOptions
-from dask_xgboost.demo import flights, models, report
+from dask_bridges.demo import flights, text
+from dask_bridges.ui.plugins import DemoOptions, Scores
+from dask_xgboost.demo import models, report
 
 __all__ = ["main"]
 
@@ -20,7 +21,7 @@ before it departs: carrier, origin, destination, schedule, distance, and the wea
 the hour it is due to leave (as it was observed: it stands in for a forecast)."""
 
 
-def main(client: Client, options: DemoOptions) -> None:
+def main(client: Client, options: DemoOptions) -> Scores:
     """Load the flights, train, predict, compare; print it all and write the files.
 
     Parameters
@@ -29,12 +30,17 @@ def main(client: Client, options: DemoOptions) -> None:
         Client of the cluster that loads, trains and predicts.
     options : DemoOptions
 
+    Returns
+    -------
+    dict
+        AUC and log-loss of each guess on the test flights.
+
     Raises
     ------
     PlacementError
         If the workers lack a package.
     """
-    clock = report.Stopwatch()
+    clock = text.Stopwatch()
     click.echo(f"\n{_QUESTION}\n")
     with clock("load the flights, on the workers"):
         data = flights.load(client, options.rows)
@@ -59,9 +65,11 @@ def main(client: Client, options: DemoOptions) -> None:
     ours.booster.save_model(model)
     with clock("plot"):
         report.plot(picture, ours.history, ours.best, late.to_numpy(), guesses)
-    click.echo(f"\nOn the {len(late):,} test flights:\n{report.scores(late.to_numpy(), guesses)}")
+    scores = report.scores(late.to_numpy(), guesses)
+    click.echo(f"\nOn the {len(late):,} test flights:\n{text.scoreboard(scores)}")
     click.echo(f"\nSeconds to\n{clock.report()}")
     click.echo(f"\nWrote {model} (read it with xgboost.Booster(model_file=...))\n      {picture}")
+    return scores
 
 
 def _summary(data: flights.Flights) -> tuple[str, float]:
@@ -79,4 +87,4 @@ def _summary(data: flights.Flights) -> tuple[str, float]:
         f"{data.total:,} flights of 2013 loaded by the workers. {data.dropped:,} of them have no arrival "
         "delay, since they were cancelled or diverted, and are dropped."
     )
-    return f"{textwrap.fill(head, 100)}\n{report.table(rows, '<>><')}", float(counts[0][1])
+    return f"{textwrap.fill(head, 100)}\n{text.table(rows, '<>><')}", float(counts[0][1])

@@ -14,7 +14,7 @@ from dask.system import CPU_COUNT
 from distributed import Client
 
 import dask_xgboost
-from dask_xgboost.demo.flights import FEATURES, LABEL, Flights
+from dask_bridges.demo.flights import FEATURES, LABEL, Flights
 
 __all__ = [
     "PARAMS",

