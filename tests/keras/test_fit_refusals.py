@@ -127,11 +127,6 @@ def call(bridges_client: Client, monkeypatch: pytest.MonkeyPatch) -> Call:
             DataError,
             "loss 'mean_squared_error' of model .* has reduction='sum': only means",
         ),
-        (
-            lambda: model_of(layers.BatchNormalization(synchronized=True)),
-            DataError,
-            "layer 'batch_normalization.*synchronized=True",
-        ),
         (lambda: "a model", TypeError, "model is a keras.Model, not str"),
     ],
 )
