@@ -225,6 +225,7 @@ class Breaks(keras.callbacks.Callback):  # type: ignore[misc]
             raise RuntimeError("the power is off")
 
 
+@pytest.mark.slow
 def test_a_training_goes_on_from_its_backup(both: Both, tmp_path: Path) -> None:
     def backup() -> Any:
         return keras.callbacks.BackupAndRestore(tmp_path / "backup")
@@ -310,6 +311,7 @@ class StopsEarly(keras.callbacks.Callback):  # type: ignore[misc]
         self.model.stop_training = epoch == 1
 
 
+@pytest.mark.slow
 def test_a_callback_that_stops_as_an_epoch_begins_lets_one_batch_pass_as_in_one_process(both: Both) -> None:
     _, together = both.same(lambda where: StopsEarly(), validate=9)  # one alone, not in a list
     assert int(together.optimizer.iterations.numpy()) == STEPS + 1
@@ -350,6 +352,7 @@ class Asks(keras.callbacks.Callback):  # type: ignore[misc]
         self.found["end"] = logs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rows", [9, 1])
 def test_a_callback_may_evaluate_predict_and_swap_weights(both: Both, rows: int) -> None:
     made = {where: Asks() for where in ("alone", "together")}
@@ -414,6 +417,7 @@ def test_where_files_with_relative_paths_are_is_said(
     ]
 
 
+@pytest.mark.slow
 def test_metrics_that_are_no_single_number_and_a_history_of_the_users_own(
     both: Both, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -80,7 +80,6 @@ class TestKeras(Keras):
     """The heart of the contract, on the shared workers."""
 
     test_trains_on_worker_processes = RunContract.test_trains_on_worker_processes
-    test_trains_on_partitions_as_they_come = RunContract.test_trains_on_partitions_as_they_come
     test_the_root_cause_is_raised = FailureContract.test_the_root_cause_is_raised_and_the_workers_are_free
 
 

@@ -137,6 +137,7 @@ def one_model(keras: Any) -> Any:
     return compiled(keras, "yes or no")[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["lists", "dicts", "frame of inputs"])
 def test_several_outputs_with_their_weights(keras: Any, data: Any, evaluated: Any, form: str) -> None:
     X, number, yes = data["X"], data["number"], data["yes"]
@@ -215,6 +216,7 @@ def test_a_sum_over_partitions_loses_nothing(keras: Any, data: Any, evaluated: A
 # On a cluster
 
 
+@pytest.mark.slow
 @cluster
 def test_clients_of_every_kind(keras: Any, data: Any, bridges_client: Client) -> None:
     target, chunks = "yes", (50, 40)

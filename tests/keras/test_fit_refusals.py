@@ -320,6 +320,7 @@ def test_a_layer_that_workers_cannot_import_is_named(bridges_client: Client) -> 
     wait_until_free(bridges_client, timeout=30)
 
 
+@pytest.mark.slow
 def test_labels_out_of_range_come_out_with_the_frameworks_words(bridges_client: Client) -> None:
     model = classifier("sparse_categorical_crossentropy")
     before = state(model)
@@ -329,6 +330,7 @@ def test_labels_out_of_range_come_out_with_the_frameworks_words(bridges_client: 
     wait_until_free(bridges_client, timeout=30)
 
 
+@pytest.mark.slow
 def test_floats_as_classes_train_as_in_keras(bridges_client: Client) -> None:
     model = classifier("sparse_categorical_crossentropy")
     history = dask_keras.fit(bridges_client, model, array(3), array() + 1.0, batch_size=ROWS)

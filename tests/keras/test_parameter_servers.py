@@ -40,6 +40,7 @@ def made() -> Any:
     return model
 
 
+@pytest.mark.slow
 def test_a_model_learns_and_no_update_is_lost(bridges_client: Client) -> None:
     import keras
 

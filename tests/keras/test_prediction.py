@@ -417,7 +417,7 @@ def test_a_layer_that_a_worker_cannot_import_is_named(
     keras.saving.register_keras_serializable("only_here")(layer)
     model = keras.Sequential([keras.Input((4,)), layer()])
     found = dask_keras.predict(None, model, da.from_array(X, chunks=(30, 4)), batch_size=16)
-    with pytest.raises(CannotMove, match="No module named 'only_here'"):
+    with pytest.raises(CannotMove, match="only_here"):
         bridges_client.compute(found).result(timeout=100)
 
 

@@ -191,6 +191,7 @@ def test_a_model_comes_back_from_disk_as_it_went(client: Client, workers: list[s
     assert client.submit(things.outputs, built, workers=workers[:1], pure=False).result(60) == before
 
 
+@pytest.mark.slow
 def test_the_scheduler_needs_nothing_for_what_it_relays(things: Any) -> None:
     from dask_bridges.testing.clusters import command_line_cluster
 
@@ -277,6 +278,7 @@ def test_a_client_without_pickle_gets_plain_models_and_is_told_why_not_others(cl
             strict.submit(custom).result(60)
 
 
+@pytest.mark.slow
 def test_workers_that_join_later_move_models_too(client: Client, workers: list[str], things: Any) -> None:
     dask_serializers.register(client)
     client.cluster.scale(3)

@@ -345,6 +345,9 @@ def on_worker(client: Client, worker: str, change: Callable[[], None], back: Cal
 class Missing:
     """TensorFlow is not installed."""
 
+    def __init__(self) -> None:
+        self.loaded = sys.modules.pop("tensorflow", None)
+
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> None:
         if name == "tensorflow":
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
@@ -355,7 +358,10 @@ def hide_tensorflow() -> None:
 
 
 def show_tensorflow() -> None:
-    sys.meta_path[:] = [finder for finder in sys.meta_path if type(finder).__name__ != "Missing"]
+    [missing] = [finder for finder in sys.meta_path if type(finder).__name__ == "Missing"]
+    sys.meta_path.remove(missing)
+    if missing.loaded is not None:
+        sys.modules["tensorflow"] = missing.loaded
 
 
 def another_version() -> None:
