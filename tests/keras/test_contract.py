@@ -58,8 +58,15 @@ class Keras(Contract):
         import dask_keras
 
         model = made(fault)
-        dask_keras.fit(client, model, X, y, batch_size=ROWS, epochs=rounds, shuffle=False, verbose=0, **options)
-        return model, rounds
+        fitted = dask_keras.fit(
+            client, model, X, y, batch_size=ROWS, epochs=rounds, shuffle=False, verbose=0, **options
+        )  # fmt: skip
+
+        async def awaited() -> Any:
+            await fitted
+            return model, rounds
+
+        return awaited() if client is not None and client.asynchronous else (model, rounds)
 
     def check(self, result: Any, X: Any, y: Any) -> None:
         model, rounds = result

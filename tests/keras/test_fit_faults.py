@@ -21,7 +21,7 @@ from distributed import Client, LocalCluster
 from dask_bridges import DataError, MemberLost
 from dask_bridges.checkpoints import Checkpoints
 from dask_bridges.processes import memberspool
-from dask_bridges.testing import leftovers, wait_until_free
+from dask_bridges.testing import command_line_cluster, leftovers, wait_until_free
 
 pytestmark = [
     pytest.mark.cluster,
@@ -212,16 +212,15 @@ def test_a_training_goes_on_when_its_dask_worker_is_killed_and_comes_back(
 
 @pytest.mark.slow
 def test_it_goes_on_with_fewer_workers_when_one_stays_away(tmp_path: Path) -> None:
-    with dask.config.set({"dask-bridges.worker-return-timeout": "1s"}):
-        cluster = LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=":0")
-        with cluster, Client(cluster, set_as_default=False) as client:
-            for nanny in cluster.workers.values():
-                nanny.auto_restart = False
-            model = made(Kill(tmp_path / "mark", 1, STEPS + 5, die_with_dask_worker))
-            history = fit(client, model, checkpoint=tmp_path / "kept")
-            assert len(client.scheduler_info(n_workers=-1)["workers"]) == 1
-            assert history.epoch == list(range(EPOCHS))
-            assert int(model.optimizer.iterations.numpy()) == EPOCHS * STEPS
+    with (
+        dask.config.set({"dask-bridges.worker-return-timeout": "1s"}),
+        command_line_cluster(workers=2, nanny=False) as cluster,
+    ):
+        model = made(Kill(tmp_path / "mark", 1, STEPS + 5, die_with_dask_worker))
+        history = fit(cluster.client, model, checkpoint=tmp_path / "kept")
+        assert len(cluster.client.scheduler_info(n_workers=-1)["workers"]) == 1
+        assert history.epoch == list(range(EPOCHS))
+        assert int(model.optimizer.iterations.numpy()) == EPOCHS * STEPS
 
 
 @pytest.mark.slow  # every time another process
