@@ -183,6 +183,11 @@ class Supervised:
             raise DataError("X has no rows")
         if isinstance(self.workers, int) and rows < self.workers:
             raise DataError(f"X has {rows} rows, which are fewer than the {self.workers} workers asked for")
+        # Dask has computed elsewhere what a worker that died meanwhile was to compute.
+        there = {worker.address for worker in await placement.usable_workers(client)}
+        places = [place for place in places if place in there]
+        if not places:
+            raise PlacementError("all workers that were to train have left the cluster while the data were computed")
         training.split(client, len(places))
         as_before = await self._as_before(step)
         if len(as_before) == len(places) and sum(map(len, as_before)) == len(training.filled()):
