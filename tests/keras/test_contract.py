@@ -92,6 +92,7 @@ class TestKeras(Keras):
 
 @pytest.mark.slow  # most of it is importing TensorFlow on the workers of new clusters
 class TestKerasEverywhere(Keras, BridgeContract):
-    """All of it, but for one test that holds ranks where the scheduler has no address for their processes."""
+    """All of it, but for what needs the scheduler's address in a rank's process, or the fault in the Dask worker's."""
 
     test_a_worker_that_joins_later_is_left_out = None
+    test_a_worker_killed_while_its_member_starts_is_named = None
