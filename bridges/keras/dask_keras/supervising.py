@@ -168,12 +168,8 @@ class Supervised:
 
     async def _placed(self, step: int | None) -> list[Partitions]:
         """The partitions of all sets, on the workers that are to train."""
-        client = self.client
+        client, first = self.client, not self._names
         places = await self._places()
-        await placement.check_packages(client, places, ["dask_bridges"])
-        await placement.check_packages(
-            client, places, [keras_backend(), "keras"], ': pip install "dask-bridges[keras]"', imports=False
-        )
         named = isinstance(self.workers, str | Sequence)
         training, *others = await partitions.load_all(
             client, [(prepared, encoding.look) for prepared in self.prepared], workers=places if named else None
@@ -183,11 +179,11 @@ class Supervised:
             raise DataError("X has no rows")
         if isinstance(self.workers, int) and rows < self.workers:
             raise DataError(f"X has {rows} rows, which are fewer than the {self.workers} workers asked for")
-        # Dask has computed elsewhere what a worker that died meanwhile was to compute.
-        there = {worker.address for worker in await placement.usable_workers(client)}
-        places = [place for place in places if place in there]
-        if not places:
-            raise PlacementError("all workers that were to train have left the cluster while the data were computed")
+        places = await self._still_there(places, any_will_do=first and self.workers is None)
+        await placement.check_packages(client, places, ["dask_bridges"])
+        await placement.check_packages(
+            client, places, [keras_backend(), "keras"], ': pip install "dask-bridges[keras]"', imports=False
+        )
         training.split(client, len(places))
         as_before = await self._as_before(step)
         if len(as_before) == len(places) and sum(map(len, as_before)) == len(training.filled()):
@@ -222,6 +218,18 @@ class Supervised:
             chosen = chosen[: self.workers]
         self._names = [worker.name for worker in chosen]
         return [worker.address for worker in chosen]
+
+    async def _still_there(self, places: list[str], *, any_will_do: bool) -> list[str]:
+        """Those of the places that have not left while the data were computed, elsewhere where they had to be."""
+        there = await placement.usable_workers(self.client)
+        if any_will_do:  # an adaptive cluster's come and go until they have data
+            self._names = [worker.name for worker in there]
+            return [worker.address for worker in there]
+        addresses = {worker.address for worker in there}
+        left = [place for place in places if place in addresses]
+        if not left:
+            raise PlacementError("all workers that were to train have left the cluster while the data were computed")
+        return left
 
     async def _back(self) -> list[WorkerInfo]:
         """The workers of before by name, waited for a while; others in the place of those that stay away."""
