@@ -24,6 +24,7 @@ def test_the_plugin_loads_no_framework() -> None:
     assert run.stdout.strip() == "[]"
 
 
+@pytest.mark.slow
 @pytest.mark.cluster
 def test_the_demo_beats_a_constant_guess_beside_the_booster_and_writes_its_files(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -200,6 +200,7 @@ def test_a_rank_killed_while_it_keeps_a_checkpoint_goes_on_from_the_one_before(
     same(model, history, undisturbed)
 
 
+@pytest.mark.slow
 def test_a_training_goes_on_when_its_dask_worker_is_killed_and_comes_back(
     client: Client, tmp_path: Path, undisturbed: Any
 ) -> None:

@@ -136,6 +136,7 @@ class TensorFlowMembers(Contract):
         assert all(result.rows)
 
 
+@pytest.mark.slow
 class TestTensorFlowMembers(TensorFlowMembers):
     """The heart of the contract, on the shared workers."""
 
