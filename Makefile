@@ -18,8 +18,8 @@ demo: $(VENV)/.demo  ## train XGBoost and Keras on 336,776 real flights, on a lo
 test: $(VENV)/.dev  ## the tests, short settings
 	$(BIN)/python -m pytest
 
-test-slow: $(VENV)/.dev  ## the long settings: kill matrices, soaks
-	$(BIN)/python -m pytest -m "slow and not gpu" --timeout 1800 -o faulthandler_timeout=1700
+test-slow: $(VENV)/.dev  ## the long settings: kill matrices, soaks; some of them with K="expression"
+	$(BIN)/python -m pytest -m "slow and not gpu" --timeout 1800 -o faulthandler_timeout=1700 $(if $(K),-k "$(K)")
 
 lint: $(VENV)/.dev  ## ruff, mypy --strict, import directions
 	$(BIN)/ruff check .
