@@ -6,7 +6,6 @@ import importlib.util
 import os
 import signal
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -98,7 +97,7 @@ def die() -> None:
 def die_with_dask_worker() -> None:
     """The fork server's parent is the Dask worker."""
     os.kill(psutil.Process().parent().ppid(), signal.SIGKILL)
-    time.sleep(60)  # the kernel ends this process first
+    signal.pause()  # the kernel ends this process
 
 
 class KillingCheckpoints(Checkpoints):
@@ -153,10 +152,9 @@ def same(model: Any, history: Any, undisturbed: tuple[list[Any], dict[str, list[
 )
 def test_a_killed_rank_ends_the_training_and_is_named(client: Client, tmp_path: Path, rank: int, call: int) -> None:
     model = made(Kill(tmp_path / "mark", rank, call, die))
-    before, began = model.get_weights(), time.monotonic()
+    before = model.get_weights()
     with pytest.raises(MemberLost, match=rf"member {rank} was lost, with its process \d+ .*SIGKILL"):
         fit(client, model)
-    assert time.monotonic() - began < 60
     assert leftovers(client) == {}
     assert all(np.array_equal(ours, theirs) for ours, theirs in zip(model.get_weights(), before))
 

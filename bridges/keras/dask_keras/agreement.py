@@ -63,7 +63,7 @@ class Agreement(keras.callbacks.CallbackList):  # type: ignore[misc]
         self._some, self._batchwise, self._no_nan = json.loads(told)
         self._spared: list[Any] = []
         self._epochs, self._steps = epochs, steps
-        self._last, self._batch = 0.0, 0
+        self._last = 0.0
         super().__init__(list(callbacks), add_history=True, model=model, verbose=0, epochs=epochs, steps=steps)
 
     # The course of a training

@@ -81,24 +81,16 @@ def pickled_callbacks(given: list[Any]) -> bytes:
     for callback in given:
         if not isinstance(callback, keras.callbacks.Callback):
             raise TypeError(f"callbacks are keras.callbacks.Callback objects, not {callback!r}")
-        model, callback._model = getattr(callback, "_model", None), None
-        try:
-            dumps(callback)
-        except Exception as error:
-            raise DataError(
-                f"callback {type(callback).__name__} cannot be sent to the worker it is to run on: {error}. Make what "
-                "it holds (open files, locks, connections) in on_train_begin()"
-            ) from error
-        finally:
-            callback._model = model
-    models = [getattr(callback, "_model", None) for callback in given]
-    for callback in given:
-        callback._model = None
-    try:
+        with upstream.without_model([callback]):
+            try:
+                dumps(callback)
+            except Exception as error:
+                raise DataError(
+                    f"callback {type(callback).__name__} cannot be sent to the worker it is to run on: {error}. Make "
+                    "what it holds (open files, locks, connections) in on_train_begin()"
+                ) from error
+    with upstream.without_model(given):
         return bytes(dumps(given))
-    finally:
-        for callback, model in zip(given, models):
-            callback._model = model
 
 
 def matrices(model: Any, X: Any, collections: Mapping[str, Any]) -> frozenset[str]:

@@ -21,7 +21,7 @@ from dask_bridges.gang import Gang, GangPlan
 from dask_bridges.partitions import Partitions, Prepared
 from dask_bridges.placement import WorkerInfo
 from dask_bridges.processes import Environment
-from dask_keras import checks
+from dask_keras import checks, upstream
 from dask_keras.hosting import Rank, host_rank
 from dask_keras.layout import Layout, flatten, nested
 from dask_keras.replica import Fit, Set, Trained
@@ -115,7 +115,7 @@ class Supervised:
     async def _attempts(self) -> Trained:
         if self.keeping is not None:
             await asyncio.to_thread(self.keeping.checkpoints.check)
-        last, failures, attempt = -1, 0, 1
+        last, failures, attempt = -2, 0, 1  # nothing was tried yet
         while True:
             newest = await self._newest()
             failures = 0 if newest > last else failures + 1
@@ -336,7 +336,7 @@ def _adopted(model: Any, callbacks: Sequence[Any], trained: Trained) -> Any:
             own.assign(its)
     for callback, state in zip(callbacks, trained.callbacks, strict=True):
         vars(callback).update({name: pickle.loads(value) for name, value in state.items()})
-        callback._model = model  # set_model() may do more: TensorBoard's writes files
+        upstream.attach(callback, model)
     history = next((each for each in callbacks if isinstance(each, keras.callbacks.History)), None)
     history = history or keras.callbacks.History()
     history.set_model(model)

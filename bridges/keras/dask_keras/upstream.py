@@ -14,6 +14,7 @@ from dask_bridges.errors import DataError
 
 __all__ = [
     "assigned",
+    "attach",
     "build",
     "fresh_loss",
     "has_schedule",
@@ -26,6 +27,7 @@ __all__ = [
     "sync",
     "tried",
     "with_moments",
+    "without_model",
 ]
 
 
@@ -61,6 +63,24 @@ def build(model: Any, batch: Any) -> None:
     model._symbolic_build(data_batch=batch)
     if not model.optimizer.built:
         model.optimizer.build(model.trainable_variables)
+
+
+def attach(callback: Any, model: Any) -> None:
+    """Give a callback its model, and do no more; `set_model` may: TensorBoard's writes files."""
+    callback._model = model
+
+
+@contextlib.contextmanager
+def without_model(callbacks: Sequence[Any]) -> Iterator[None]:
+    """Callbacks are without their models within, as they travel; a way to unset these would retire it."""
+    models = [getattr(callback, "_model", None) for callback in callbacks]
+    for callback in callbacks:
+        attach(callback, None)
+    try:
+        yield
+    finally:
+        for callback, model in zip(callbacks, models):
+            attach(callback, model)
 
 
 @contextlib.contextmanager
