@@ -21,6 +21,7 @@ from dask_bridges import DataError, MemberLost
 from dask_bridges.checkpoints import Checkpoints
 from dask_bridges.processes import memberspool
 from dask_bridges.testing import command_line_cluster, leftovers, wait_until_free
+from dask_keras.supervising import ATTEMPTS
 
 pytestmark = [
     pytest.mark.cluster,
@@ -85,7 +86,8 @@ class Kill:
         if hasattr(y_pred, "numpy"):
             self.calls += 1
             if current().rank == self.rank and self.calls == self.call and (self.again or not self.mark.exists()):
-                self.mark.touch()
+                with self.mark.open("a") as file:
+                    file.write("x")
                 self.kill()
         return keras.losses.mean_squared_error(y_true, y_pred)
 
@@ -226,6 +228,7 @@ def test_it_goes_on_with_fewer_workers_when_one_stays_away(tmp_path: Path) -> No
 def test_a_training_that_is_lost_again_and_again_is_given_up(client: Client, tmp_path: Path) -> None:
     with pytest.raises(MemberLost, match="member 0 was lost"):
         fit(client, made(Kill(tmp_path / "mark", 0, 2, die, again=True)), checkpoint=tmp_path / "kept")
+    assert (tmp_path / "mark").read_text() == "x" * ATTEMPTS
 
 
 @pytest.mark.slow
