@@ -56,7 +56,7 @@ def scoreboard(scores: Mapping[str, Mapping[str, float]]) -> str:
 
     >>> from dask_bridges.demo.text import scoreboard
     >>> print(scoreboard({"a coin": {"AUC": 0.5}}))
-              AUC
+                 AUC
       a coin  0.5000
     """
     metrics = list(next(iter(scores.values()), {}))
