@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from distributed import Client, LocalCluster
 
-from dask_bridges.ui.plugins import DemoOptions
+from dask_bridges.plugins import DemoOptions
 from dask_keras.plugin import PLUGIN
 
 

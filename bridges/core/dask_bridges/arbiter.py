@@ -19,12 +19,13 @@ from typing import Any
 from distributed.diagnostics.plugin import SchedulerPlugin
 
 from dask_bridges.attempt import Attempt
+from dask_bridges.dispatcher import Dispatcher
 from dask_bridges.watchdog import Watchdog, last_words
 
 __all__ = ["OPERATION", "STOP", "Arbiter"]
 
 #: Bumped when the messages change: two versions then live side by side, unaware of each other.
-PROTOCOL = 3
+PROTOCOL = 4
 #: Name of the plugin, of its comm handler and of its stream handler on the scheduler.
 OPERATION = f"dask_bridges_arbiter_{PROTOCOL}"
 #: Name of the stream handler on the workers by which members are asked to stop.
@@ -67,7 +68,7 @@ class Arbiter(SchedulerPlugin):  # type: ignore[misc]
         return task
 
     async def handle(self, method: str, **request: Any) -> dict[str, Any]:
-        """The one comm handler: `method` is acquire, present, exchange, recall, settle, replace, release or status."""
+        """The one comm handler: `method` is the name of one of the methods ``on_…``."""
         answer: dict[str, Any] = await getattr(self, f"on_{method}")(**request)
         return answer
 
@@ -193,6 +194,19 @@ class Arbiter(SchedulerPlugin):  # type: ignore[misc]
         """The payloads of the last exchange that is over."""
         known = self.gangs.get(gang)
         return {"payloads": [] if known is None or known.attempt != attempt else known.agreed}
+
+    async def on_offer(
+        self, gang: str, attempt: int, rank: int, worker: str, resource: str, amount: float
+    ) -> dict[str, Any]:
+        """A worker has so many devices for the jobs of a pool from now on; 0 for no more."""
+        dispatcher = self.scheduler.plugins.get(Dispatcher.name)
+        if dispatcher is None:
+            dispatcher = Dispatcher(self.scheduler)
+            self.scheduler.add_plugin(dispatcher, name=Dispatcher.name)
+        dispatcher.offer(resource, worker, amount)
+        if not dispatcher.pools:
+            self.scheduler.remove_plugin(Dispatcher.name)
+        return {}
 
     def tell(self, gang: str, attempt: int, rank: int, outcome: str, left: bool, worker: str = "") -> None:
         """A member says how it ends (stream message), when it knows, and when it has `left`.

@@ -156,6 +156,8 @@ class EventStream:
     ----------
     gang : str
         Id of the gang.
+    keep : int, optional
+        How many events, the newest, are kept at least; all by default.
 
     Examples
     --------
@@ -167,10 +169,11 @@ class EventStream:
     ['hello']
     """
 
-    def __init__(self, gang: str) -> None:
+    def __init__(self, gang: str, keep: int | None = None) -> None:
         self.gang = gang
         self.attempt = 1
         self.events: list[Event] = []
+        self._keep = keep
         self._listeners: list[Listener] = []
         self._lock = threading.RLock()  # a synchronous client's user attaches from another thread
 
@@ -193,6 +196,8 @@ class EventStream:
             return
         with self._lock:
             self.events.append(event)
+            if self._keep is not None and len(self.events) > 2 * self._keep:
+                del self.events[: -self._keep]
             for listener in list(self._listeners):
                 try:
                     listener(event)

@@ -8,13 +8,14 @@ from typing import Any
 import cloudpickle
 from distributed import Client
 
-from dask_bridges import arbiter, attempt, watchdog
+from dask_bridges import arbiter, attempt, dispatcher, watchdog
 from dask_bridges.errors import PlacementError
 
 __all__ = ["ask", "register"]
 
 cloudpickle.register_pickle_by_value(arbiter)
 cloudpickle.register_pickle_by_value(attempt)
+cloudpickle.register_pickle_by_value(dispatcher)
 cloudpickle.register_pickle_by_value(watchdog)
 
 _registered: weakref.WeakKeyDictionary[Client, str] = weakref.WeakKeyDictionary()

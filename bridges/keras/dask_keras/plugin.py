@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dask_bridges.ui.plugins import Demo, Extra, Plugin
+from dask_bridges.plugins import Children, Demo, Extra, Plugin
 
 __all__ = ["PLUGIN"]
 
@@ -18,4 +18,5 @@ PLUGIN = Plugin(
         ),
         place=1,  # after XGBoost, whose score it shows beside its own
     ),
+    children=Children(("keras",), variables="dask_tf.starting:variables", memory="dask_keras.memory:limit"),
 )

@@ -28,7 +28,7 @@ from dask_keras.replica import Fit, Set, Trained
 from dask_keras.resuming import Keeping
 from dask_tf import encoding
 from dask_tf.events import Spooled
-from dask_tf.starting import QUIET, keras_backend
+from dask_tf.starting import keras_backend, variables
 
 __all__ = ["EpochPrinter", "Given", "Supervised"]
 
@@ -310,13 +310,7 @@ class EpochPrinter:
 
 
 def _environment() -> Environment:
-    variables: dict[str, str | None] = {
-        "KERAS_BACKEND": keras_backend(),
-        "MALLOC_TRIM_THRESHOLD_": None,  # Dask's nannies set it: every buffer would be fetched from the system anew
-        "PYTORCH_NVML_BASED_CUDA_CHECK": "1",  # PyTorch's other way to ask for devices is the end of forking
-        **QUIET,
-    }
-    return Environment((keras_backend(), "keras"), tuple(sorted(variables.items(), key=lambda item: item[0])))
+    return Environment((keras_backend(), "keras"), tuple(sorted(variables().items(), key=lambda item: item[0])))
 
 
 def _adopted(model: Any, callbacks: Sequence[Any], trained: Trained) -> Any:

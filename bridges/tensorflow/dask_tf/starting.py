@@ -21,7 +21,7 @@ from dask_bridges.processes import Environment
 from dask_tf.hosting import host_task
 from dask_tf.roles import ESSENTIAL, RoleSpec, Task, assign, parse_roles, per_role
 
-__all__ = ["LABEL", "QUIET", "Start", "keras_backend", "plan"]
+__all__ = ["LABEL", "Start", "keras_backend", "plan", "variables"]
 
 LABEL = "TensorFlow cluster"
 
@@ -126,15 +126,21 @@ def _serves(task: Task, tasks: Sequence[Task], servers: bool | Sequence[str] | N
     return servers if isinstance(servers, bool) else task.role in servers
 
 
-def _environment(variables: Mapping[str, str] | None) -> Environment:
-    settings: dict[str, str | None] = {
+def variables() -> dict[str, str | None]:
+    """The environment variables with which TensorFlow is imported in child processes; None for one to be removed."""
+    return {
         "KERAS_BACKEND": keras_backend(),
-        "TF_GRPC_REUSE_PORT": "1",  # its Dask worker holds the port
         # Dask's nannies set it: every buffer of tf.data would be given back to the system and fetched again.
         "MALLOC_TRIM_THRESHOLD_": None,
+        # PyTorch's other way to ask for devices is the end of forking.
+        "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
         **QUIET,
-        **(variables or {}),
     }
+
+
+def _environment(more: Mapping[str, str] | None) -> Environment:
+    # A task's Dask worker holds its port.
+    settings = {**variables(), "TF_GRPC_REUSE_PORT": "1", **(more or {})}
     return Environment(("tensorflow", "keras"), tuple(sorted(settings.items(), key=lambda item: item[0])))
 
 

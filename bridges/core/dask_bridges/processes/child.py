@@ -10,6 +10,8 @@ text)`` or ``("stopped", reason)``. What it is told: ``("stop", reason)``,
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import faulthandler
 import itertools
 import os
@@ -20,7 +22,7 @@ import sys
 import threading
 import time
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import Any, NoReturn
 
 from distributed.core import error_message
 from distributed.protocol.pickle import dumps
@@ -109,14 +111,24 @@ def main(pipe: Connection) -> None:
         member = ChildMember(spec, pipe)
     except BaseException as error:
         pipe.send(_raised(error))
-        return
+        _leave()
     member.live()
     try:
         words = ("result", dumps(spec.function(member, spec.payload)))
     except BaseException as error:
         words = _raised(error)
     member.say(*words)
-    sys.stdout.flush()
+    _leave()
+
+
+def _leave() -> NoReturn:
+    """End as the children of `multiprocessing` do: what was registered for the end runs, the interpreter is left."""
+    threading._shutdown()  # type: ignore[attr-defined]
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(ValueError, OSError):
+            stream.flush()
+    os._exit(0)
 
 
 def _raised(error: BaseException) -> tuple[Any, ...]:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from dask_bridges.errors import BridgeError
 
-__all__ = ["BESIDE", "Folder", "home", "make", "make_private", "sweep"]
+__all__ = ["BESIDE", "Folder", "check_private", "home", "make", "make_private", "sweep"]
 
 #: The link to the folder that goes with this one.
 BESIDE = ".beside"
@@ -65,7 +65,7 @@ def make(base: Path, name: str, beside: Path | None = None) -> Folder:
     here = home(base)
     with contextlib.suppress(FileExistsError):
         make_private(here)
-    _check_private(here)
+    check_private(here)
     lock_of_all = _open_lock(here, os.O_CREAT)
     try:
         _flock(lock_of_all, wait=True)
@@ -94,7 +94,7 @@ def sweep(*bases: Path) -> None:
     """Remove the folders of this user in `bases` whose owners have ended without removing them."""
     for here in {home(base) for base in bases}:
         with contextlib.suppress(OSError, BridgeError):
-            _check_private(here)
+            check_private(here)
             for folder in _abandoned(here):
                 _remove_with_beside(folder)
 
@@ -138,12 +138,19 @@ def _remove_with_beside(folder: Folder) -> None:
     folder.remove()
 
 
-def _check_private(here: Path) -> None:
+def check_private(here: Path) -> None:
+    """See that a folder is this user's, and closed to others.
+
+    Raises
+    ------
+    BridgeError
+        If it belongs to somebody else, or is a symbolic link.
+    """
     status = here.lstat()
     if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid():
         what = "a symbolic link" if stat.S_ISLNK(status.st_mode) else f"not a folder of user {os.geteuid()}"
         raise BridgeError(
-            f"{here} is {what}: others could read or change the partitions in it. "
+            f"{here} is {what}: others could read or change what is in it. "
             f"Have it removed, or choose another folder than {here.parent}"
         )
     if stat.S_IMODE(status.st_mode) != 0o700:

@@ -15,7 +15,7 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from itertools import count
@@ -27,7 +27,7 @@ from distributed import Worker
 from dask_bridges.errors import PlacementError
 from dask_bridges.processes.server import hear, tell
 
-__all__ = ["Environment", "ForkServer", "Process", "fork_server", "servers"]
+__all__ = ["Environment", "ForkServer", "Process", "end_servers", "fork_server", "servers"]
 
 #: The server's first lines. It finds what its worker finds, whatever has changed `sys.path` there.
 _START = """
@@ -106,7 +106,8 @@ class ForkServer:
         self._children: dict[int, Process] = {}
         self._process: subprocess.Popen[bytes] | None = None
         # The kernel ends the server with the thread that has started it.
-        threading.Thread(target=self._run, name=_NAME, daemon=True).start()
+        self._thread = threading.Thread(target=self._run, name=_NAME, daemon=True)
+        self._thread.start()
 
     @property
     def usable(self) -> bool:
@@ -155,6 +156,10 @@ class ForkServer:
         """Fork no more, and end with the last child."""
         with contextlib.suppress(OSError):
             tell(self._control, "retire")
+
+    def join(self) -> None:
+        """Wait until it has ended."""
+        self._thread.join()
 
     def end(self) -> None:
         """End at once, with all children."""
@@ -252,6 +257,18 @@ def fork_server(worker: Worker, environment: Environment) -> ForkServer:
         return server
 
 
+def end_servers(worker: Worker, environments: Iterable[Environment]) -> None:
+    """End the worker's fork servers for these environments, with their last children; returns when they have ended."""
+    with _making:
+        kept: _Servers = worker.plugins.setdefault(_NAME, _Servers())
+    with kept.lock:
+        ending = [kept.current.pop(environment)[0] for environment in environments if environment in kept.current]
+    for server in ending:
+        server.retire()
+    for server in ending:
+        server.join()
+
+
 def servers(worker: Worker) -> set[int]:
     """The processes of the worker's fork servers, which outlive the members they were started for."""
     kept = worker.plugins.get(_NAME, _Servers()).current.values()
@@ -260,7 +277,9 @@ def servers(worker: Worker) -> set[int]:
 
 def _state(worker: Worker) -> tuple[dict[str, str], Any, Any]:
     """What makes a server stale when it changes: variables, plugins, what is installed and what was uploaded."""
-    plugins = sorted((name, id(plugin)) for name, plugin in worker.plugins.items() if name != _NAME)
+    plugins = sorted(
+        (name, id(plugin)) for name, plugin in worker.plugins.items() if not name.startswith("dask-bridges-")
+    )
     # A file that is uploaded again leaves the time of its folder as it was.
     uploaded = [path for path in Path(worker.local_directory).glob("*") if path.suffix in _MODULES]
     installed = [Path(folder) for folder in sys.path if folder.endswith("-packages")]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import os
 import pickle
 import signal
 import sys
@@ -13,7 +12,6 @@ import time
 from collections.abc import Callable, Mapping
 from concurrent import futures
 from dataclasses import replace
-from multiprocessing import Pipe
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +22,8 @@ from distributed.protocol.pickle import dumps
 from dask_bridges.errors import MemberFailed, MemberLost, MemberStopped
 from dask_bridges.events import Log
 from dask_bridges.processes.child import BEAT, BEATS
-from dask_bridges.processes.forkserver import Environment, Process, fork_server
-from dask_bridges.processes.output import Output
+from dask_bridges.processes.forked import Forked
+from dask_bridges.processes.forkserver import Environment, Process
 from dask_bridges.task import WorkerMember
 from dask_bridges.watchdog import HOLD, time_used
 
@@ -90,6 +88,10 @@ class Child:
     environment : Environment
     descriptors : mapping of int to int
         Descriptors of this process that the child gets, by their numbers there.
+    variables : mapping of str to str
+        Environment variables that are set in the child, after its modules were imported.
+    forked : Forked
+        The process, where one of this environment waits already.
 
     Attributes
     ----------
@@ -101,6 +103,9 @@ class Child:
         member: WorkerMember,
         environment: Environment = Environment(),  # noqa: B008 - frozen
         descriptors: Mapping[int, int] | None = None,
+        *,
+        variables: Mapping[str, str] | None = None,
+        forked: Forked | None = None,
     ) -> None:
         if sys.platform != "linux":
             raise NotImplementedError(
@@ -117,21 +122,14 @@ class Child:
         self._working = threading.Event()  # the child has its work, or never will
         self._numbers = itertools.count()
         self._calls: dict[int, futures.Future[tuple[Any, ...]]] = {}
-        self._output = Output(self._pass_on)
-        self._pipe, theirs = Pipe()
-        numbers = dict(descriptors or {})
+        self._descriptors, self._variables = dict(descriptors or {}), dict(variables or {})
+        self._forked = forked or Forked(member.worker, environment)
+        self._forked.output.deliver = self._pass_on
+        self._pipe = self._forked.pipe
         try:
-            server = fork_server(member.worker, environment)
-            asked = server.fork([theirs.fileno(), *self._output.theirs, *numbers.values()])
-        finally:
-            theirs.close()
-            self._output.started()
-        self._setting = (sys.path, server.variables, os.getcwd(), tuple(numbers))
-        try:
-            self._process = _unless_stopped(member, asked)
+            self._process = _unless_stopped(member, self._forked)
         except BaseException:
-            self._pipe.close()
-            self._output.end()
+            self._forked.discard()
             raise
         self.pid = self._process.pid
         self._watch = threading.Thread(target=self._watch_over, name=f"child-{self.pid}", daemon=True)
@@ -150,15 +148,14 @@ class Child:
         work = dumps(replace(self.member.spec, function=function, payload=payload))
         last: tuple[Any, ...] = ()
         with contextlib.suppress(EOFError, OSError):  # it has ended, however
-            self._pipe.send(self._setting)
-            self._pipe.send_bytes(work)
+            self._forked.begin(work, self._descriptors, self._variables)
             self._working.set()
             self.member.on_stop(self._stop)  # not before: the child reads its work first
             while not last:
                 last = self._serve(self._pipe.recv())
             self._finish_by(time.monotonic() + self._limits.child_stop_timeout)
         self._watch.join()
-        self._output.end()
+        self._forked.output.end()
         self._end_calls()
         return self._outcome(last)
 
@@ -238,7 +235,7 @@ class Child:
                 raise MemberFailed(f"{member.label}: {member.name} raised {text}", *where)
         if member.stopping and self._killed_because == member.stopping:
             raise MemberStopped(member.stopping)
-        said = self._output.last_lines
+        said = self._forked.output.last_lines
         raise MemberLost(
             f"{member.label}: {member.name} was lost, with its process {self.pid} on {where[1]}: "
             f"{self._how_it_ended()}." + (f" It said last:\n{said}" if said else ""), *where
@@ -308,18 +305,17 @@ class Child:
         """See to it that the child is gone."""
         self.kill("its member has ended")
         self._watch.join()
-        self._output.end()
+        self._forked.output.end()
         self._end_calls()
         self._pipe.close()
 
 
-def _unless_stopped(member: WorkerMember, asked: futures.Future[Process]) -> Process:
+def _unless_stopped(member: WorkerMember, forked: Forked) -> Process:
     """Wait for a child, as long as its member goes on."""
-    stopped = futures.Future[Any]()
+    asked, stopped = forked.process, futures.Future[Any]()
     member.on_stop(lambda: stopped.set_result(None))
     futures.wait([asked, stopped], return_when=futures.FIRST_COMPLETED)
     if not asked.done():
-        asked.add_done_callback(_kill_late)
         raise MemberStopped(member.stopping or "")
     try:
         return asked.result()
@@ -329,12 +325,6 @@ def _unless_stopped(member: WorkerMember, asked: futures.Future[Process]) -> Pro
             f"{member.label}: {member.name} was lost before it had a process on {worker}: {error}",
             member.rank, worker, member.host,
         ) from error  # fmt: skip
-
-
-def _kill_late(asked: futures.Future[Process]) -> None:
-    """A child that nobody waits for any more has come."""
-    if asked.exception() is None:
-        asked.result().kill()
 
 
 def _killings_for_memory() -> int:

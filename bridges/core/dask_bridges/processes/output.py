@@ -6,7 +6,6 @@ import collections
 import os
 import select
 import threading
-import time
 from collections.abc import Callable
 
 __all__ = ["Output"]
@@ -22,19 +21,17 @@ class Output:
 
     A child that writes faster than its lines can be passed on waits.
 
-    Parameters
-    ----------
-    deliver : callable
-        ``deliver(stream, text)`` gets one or several whole lines of "stdout" or "stderr", from a thread.
-
     Attributes
     ----------
+    deliver : callable
+        ``deliver(stream, text)`` gets one or several whole lines of "stdout" or "stderr", from a thread;
+        set it before the child has anything to say.
     theirs : tuple of int
         The descriptors that the child writes to, standard output first; closed by `started`.
     """
 
-    def __init__(self, deliver: Callable[[str, str], None]) -> None:
-        self._deliver = deliver
+    def __init__(self) -> None:
+        self.deliver: Callable[[str, str], None] = lambda stream, text: None
         self._streams: dict[int, str] = {}
         self._rests: dict[int, bytes] = {}
         self._last: collections.deque[str] = collections.deque(maxlen=KEPT)
@@ -46,6 +43,7 @@ class Output:
             theirs.append(their)
         self.theirs = (theirs[0], theirs[1])
         self._ended = threading.Event()
+        self._wakeup, self._wake = os.pipe()
         self._reader = threading.Thread(target=self._read, name="child-output", daemon=True)
 
     def started(self) -> None:
@@ -56,7 +54,9 @@ class Output:
 
     def end(self) -> None:
         """The child has ended: pass on what is left."""
-        self._ended.set()
+        if not self._ended.is_set():
+            self._ended.set()
+            os.close(self._wake)
         self._reader.join()
 
     @property
@@ -65,19 +65,20 @@ class Output:
         return "\n".join(self._last)
 
     def _read(self) -> None:
-        open_fds = set(self._streams)
-        while open_fds:
+        open_fds = {self._wakeup, *self._streams}
+        while open_fds != {self._wakeup}:
             ended = self._ended.is_set()
-            ready, _, _ = select.select(list(open_fds), [], [], 0 if ended else PAUSE)
-            if ended and not ready:  # what the child has started may hold its output open
+            ready, _, _ = select.select(list(open_fds), [], [], 0 if ended else None)
+            if ended and ready == [self._wakeup]:  # what the child has started may hold its output open
                 break
             for fd in ready:
-                if not self._take(fd):
+                if fd != self._wakeup and not self._take(fd):
                     open_fds.discard(fd)
-            if not ended:
-                time.sleep(PAUSE)
+            self._ended.wait(PAUSE)
         for fd in self._streams:
             self._pass_on(fd, self._rests[fd])
+        self._ended.wait()
+        for fd in (self._wakeup, *self._streams):
             os.close(fd)
 
     def _take(self, fd: int) -> bool:
@@ -96,4 +97,4 @@ class Output:
         lines = [line for line in lines if line.strip()]
         if lines:
             self._last.extend(lines)
-            self._deliver(self._streams[fd], "\n".join(lines))
+            self.deliver(self._streams[fd], "\n".join(lines))

@@ -22,9 +22,10 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import IO, Any
 
-__all__ = ["child_pipe", "die_with", "hear", "serve", "tell"]
+__all__ = ["child_pipe", "die_with", "hear", "pass_descriptors", "serve", "tell"]
 
 #: Longest packet, in bytes, and most descriptors in one.
 PACKET, DESCRIPTORS = 64 * 1024, 16
@@ -53,6 +54,12 @@ def die_with(parent: int) -> None:
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
         if os.getppid() != parent:
             os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _adopt_orphans() -> None:
+    """Have the kernel give this process the children of its children that lose their parent; Linux only."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(36, 1)  # PR_SET_CHILD_SUBREAPER
 
 
 class _Server:
@@ -123,15 +130,28 @@ class _Server:
 
     def reap(self) -> None:
         """Tell of each child that has ended. Its number is its own until it is reaped."""
-        while self.children:
-            found = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-            if found is None:
-                return
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(found.si_pid, signal.SIGKILL)
-            _, status = os.waitpid(found.si_pid, 0)
-            self.children.discard(found.si_pid)
-            self.tell("ended", found.si_pid, os.waitstatus_to_exitcode(status))
+        ended = []
+        with contextlib.suppress(ChildProcessError):  # there are none any more
+            while found := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+                if found.si_pid in self.children:
+                    with contextlib.suppress(ProcessLookupError, PermissionError):
+                        os.killpg(found.si_pid, signal.SIGKILL)
+                _, status = os.waitpid(found.si_pid, 0)
+                if found.si_pid in self.children:
+                    self.children.discard(found.si_pid)
+                    ended.append((found.si_pid, os.waitstatus_to_exitcode(status)))
+            self.kill_orphans()
+        for pid, code in ended:
+            self.tell("ended", pid, code)
+
+    def kill_orphans(self) -> None:
+        """Kill what children that have ended had started in sessions of its own; it has come to this process."""
+        me = os.getpid()
+        with contextlib.suppress(OSError):
+            for pid in map(int, Path(f"/proc/{me}/task/{me}/children").read_text().split()):
+                with contextlib.suppress(ProcessLookupError):
+                    if pid not in self.children and os.getsid(pid) not in self.children:
+                        os.kill(pid, signal.SIGKILL)
 
     def tell(self, *words: Any) -> None:
         with contextlib.suppress(OSError):  # the worker is gone, which the next look at the socket says
@@ -155,6 +175,7 @@ def _unheard() -> Iterator[IO[bytes]]:
 def serve(control: socket.socket, worker: int) -> list[int]:
     """Import what the worker asks for and serve it; returns in children only, with their descriptors."""
     die_with(worker)
+    _adopt_orphans()
     (_, modules), _ = hear(control)
     with _unheard() as said:
         try:
@@ -172,21 +193,39 @@ def serve(control: socket.socket, worker: int) -> list[int]:
 
 
 def child_pipe(fds: list[int]) -> Connection:
-    """Make the process at hand the child that its descriptors are for: its output, its input, and its pipe."""
-    pipe, out, err, *named = fds
+    """Make the process at hand the child that its descriptors are for: its output, its input, and its pipe.
+
+    Returns when it is given work.
+    """
+    pipe, out, err = fds
     for target, fd in enumerate((os.open(os.devnull, os.O_RDONLY), out, err)):
         os.dup2(fd, target)
         os.close(fd)
     sys.stdin = open(0, closefd=False)  # noqa: SIM115 - as long as the process
+    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]  # what it prints is read as it comes
     connection = Connection(pipe)
     sys.path[:], environment, folder, numbers = connection.recv()
     os.environ.clear()
     os.environ.update(environment)
     with contextlib.suppress(OSError):  # the worker's folder may be gone
         os.chdir(folder)
-    for fd, number in zip(named, numbers):
+    for fd, number in zip(_descriptors(connection, len(numbers)), numbers):
         os.dup2(fd, number, inheritable=True)
         os.close(fd)
     if "numpy" in sys.modules:  # Python's own generator sees to itself
         sys.modules["numpy"].random.seed()
     return connection
+
+
+def pass_descriptors(pipe: Connection, fds: tuple[int, ...]) -> None:
+    """Send descriptors over a pipe to a child, which takes them with its setting."""
+    if fds:
+        with socket.socket(fileno=os.dup(pipe.fileno())) as carrier:
+            socket.send_fds(carrier, [b"."], fds)
+
+
+def _descriptors(pipe: Connection, count: int) -> list[int]:
+    if not count:
+        return []
+    with socket.socket(fileno=os.dup(pipe.fileno())) as carrier:
+        return list(socket.recv_fds(carrier, 1, count)[1])

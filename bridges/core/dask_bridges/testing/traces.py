@@ -75,12 +75,12 @@ def _footprint_here(dask_worker: Worker) -> dict[str, Any]:
 
     process = psutil.Process()
     names = [thread.name for thread in threading.enumerate()]
-    shared = Path("/dev/shm")
+    kept = ("sem.", "dask-bridges-devices-")  # files of leases stay; a lease is a lock on one
     return {
         # Threads that Python does not know: a framework's own.
         "native threads": max(0, process.num_threads() - threading.active_count()),
         "files": sorted(file.path for file in process.open_files()),
-        "shared memory": sorted(p.name for p in shared.glob("*") if not p.name.startswith("sem.")),
+        "shared memory": sorted(p.name for p in Path("/dev/shm").glob("*") if not p.name.startswith(kept)),
         "task threads": max(0, sum(n.startswith("Dask-Default-Threads") for n in names) - dask_worker.state.nthreads),
         "stopping threads": [n for n in names if n.startswith("stop-")],
         "ports": sorted(c.laddr.port for c in process.net_connections("tcp") if c.status == psutil.CONN_LISTEN),

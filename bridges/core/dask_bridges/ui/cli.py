@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import click
 
 from dask_bridges.errors import BridgeError
-from dask_bridges.ui.plugins import Demo, DemoOptions, Plugin, Scores, installed
+from dask_bridges.plugins import Demo, DemoOptions, Plugin, Scores, installed
 
 if TYPE_CHECKING:
     from distributed import Client

@@ -15,7 +15,7 @@ from matplotlib.ticker import MaxNLocator
 from sklearn.metrics import log_loss, roc_auc_score
 
 from dask_bridges.demo import flights, text
-from dask_bridges.ui.plugins import DemoOptions, Scores
+from dask_bridges.plugins import DemoOptions, Scores
 from dask_keras.demo import quiet
 
 __all__ = ["main"]

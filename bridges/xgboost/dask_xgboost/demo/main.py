@@ -10,7 +10,7 @@ from dask.base import compute
 from distributed import Client
 
 from dask_bridges.demo import flights, text
-from dask_bridges.ui.plugins import DemoOptions, Scores
+from dask_bridges.plugins import DemoOptions, Scores
 from dask_xgboost.demo import models, report
 
 __all__ = ["main"]

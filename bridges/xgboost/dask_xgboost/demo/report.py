@@ -13,7 +13,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from sklearn.metrics import log_loss, roc_auc_score, roc_curve
 
-from dask_bridges.ui.plugins import Scores
+from dask_bridges.plugins import Scores
 
 __all__ = ["plot", "scores"]
 

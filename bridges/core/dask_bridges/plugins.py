@@ -1,4 +1,4 @@
-"""What the bridges add to the command line, found by entry point.
+"""What the bridges add to the core, found by entry point: to the command line, and to the processes of jobs.
 
 A bridge names one :class:`Plugin` in the entry-point group
 ``dask_bridges.plugins``. The core knows none of them by name, and a plugin says
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, cast
 if TYPE_CHECKING:
     from distributed import Client
 
-__all__ = ["GROUP", "Demo", "DemoOptions", "Extra", "Plugin", "Scores", "installed"]
+__all__ = ["GROUP", "Children", "Demo", "DemoOptions", "Extra", "Plugin", "Scores", "installed"]
 
 GROUP = "dask_bridges.plugins"
 
@@ -75,7 +75,7 @@ class Demo:
         Only the extras that are incomplete are named: who has a framework's
         CPU build is not told to install its other build over it.
 
-        >>> from dask_bridges.ui.plugins import Demo, Extra
+        >>> from dask_bridges.plugins import Demo, Extra
         >>> Demo("", "", (Extra("demo", ("no_such_package",)),)).unmet()
         'no_such_package is not installed; run: pip install "dask-bridges[demo]"'
         """
@@ -92,17 +92,31 @@ class Demo:
 
 
 @dataclass(frozen=True)
+class Children:
+    """How processes are set up in which a bridge's framework will work."""
+
+    modules: tuple[str, ...]
+    """What is imported before they are forked, where the client has imported it too."""
+    variables: str = ""
+    """``"module:function"``, called on the client: the environment variables for it, None for one to be removed."""
+    memory: str = ""
+    """``"module:function"``, called in the process with a number of bytes as soon as the first of `modules` is
+    imported there: no more memory than that is used on each device."""
+
+
+@dataclass(frozen=True)
 class Plugin:
-    """What one bridge adds to the command line.
+    """What one bridge adds.
 
     Examples
     --------
-    >>> from dask_bridges.ui.plugins import Demo, Plugin
+    >>> from dask_bridges.plugins import Demo, Plugin
     >>> PLUGIN = Plugin("mine", demo=Demo("trains mine", "my_bridge.demo:run"))
     """
 
     name: str
     demo: Demo | None = None
+    children: Children | None = None
 
 
 def installed() -> tuple[list[Plugin], list[str]]:

@@ -1,0 +1,352 @@
+"""A pool's devices on one worker: offered to Dask as a resource; each job gets its own, and a process.
+
+The host of a pool is a member of a gang, so it ends with the pool, its client and its
+worker. The jobs are ordinary Dask tasks that need some of the resource.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from distributed import Reschedule, Worker, get_worker, secede
+from distributed.utils import sync
+
+from dask_bridges.devices import Device, Holder, leases_here
+from dask_bridges.events import Event, Log
+from dask_bridges.jobs import job as in_child
+from dask_bridges.jobs.calls import Inputs
+from dask_bridges.jobs.events import JobLog, Offered
+from dask_bridges.jobs.job import FOLDER, Work
+from dask_bridges.jobs.results import opened
+from dask_bridges.processes import Child, Environment
+from dask_bridges.processes.forked import Forked
+from dask_bridges.processes.forkserver import end_servers, fork_server
+from dask_bridges.processes.memberspool import member_spool
+from dask_bridges.processes.spool import Spool
+from dask_bridges.task import WorkerMember
+from dask_serializers.hooks import activate as models_move
+
+__all__ = ["Hosting", "JobSpec", "host_devices", "resource_of", "run_job", "status_here"]
+
+_PLUGIN = "dask-bridges-jobs"
+
+
+def resource_of(pool: str) -> str:
+    """The Dask resource that the devices of a pool are."""
+    return f"devices-{pool}"
+
+
+@dataclass(frozen=True)
+class Hosting:
+    """What the host of a pool is told.
+
+    Attributes
+    ----------
+    pool : str
+    devices : tuple of Device
+    ignored : frozenset of int
+        Processes whose use of a device is nobody's job: those of Dask's workers.
+    stop_timeout : float
+        Seconds that a cancelled job may take to end.
+    environment : Environment
+        Of jobs that have no variables of their own.
+    """
+
+    pool: str
+    devices: tuple[Device, ...]
+    ignored: frozenset[int]
+    stop_timeout: float
+    environment: Environment
+
+
+@dataclass(frozen=True)
+class JobSpec:
+    """One job.
+
+    Attributes
+    ----------
+    pool, key : str
+    call : bytes
+    gpus : float
+    memory : int
+        Most bytes of each device; 0 for its share of the device, if that is less than all.
+    environment : Environment
+    limits : mapping of str to str
+        See `Work`.
+    """
+
+    pool: str
+    key: str
+    call: bytes
+    gpus: float
+    memory: int
+    environment: Environment
+    limits: Mapping[str, str]
+
+
+class _JobMember(WorkerMember):
+    """A job, as its worker sees it."""
+
+    def __init__(self, host: _Host, key: str) -> None:
+        spec = host.member.spec
+        deadlines = dataclasses.replace(spec.deadlines, child_stop_timeout=host.hosting.stop_timeout)
+        super().__init__(dataclasses.replace(spec, label="job", name=key, deadlines=deadlines), host.member.worker)
+        self.key = key
+        self.cancelled = False
+
+    def emit(self, kind: type[Event], /, **fields: Any) -> None:
+        if kind is Log:
+            super().emit(JobLog, key=self.key, **fields)
+        else:
+            super().emit(kind, **fields)
+
+    def cancel(self, reason: str) -> None:
+        """End it; nobody waits for its result."""
+        self.cancelled = True
+        self.stop(reason)
+        leases_here().wake()
+
+
+@dataclass
+class _Device:
+    """What has happened on one device."""
+
+    since: float = 0.0
+    busy: float = 0.0
+    jobs: int = 0
+
+
+class _Host:
+    """The devices of a pool on one worker."""
+
+    def __init__(self, member: WorkerMember, hosting: Hosting, spool: Spool, folder: int) -> None:
+        self.member = member
+        self.hosting = hosting
+        self.opened = time.time()
+        self._spool, self._folder = spool, folder
+        self._lock = threading.Condition()
+        self._closing = ""
+        self._jobs: dict[str, _JobMember] = {}
+        self._devices = {device.name: _Device() for device in hosting.devices}
+        self._spares = _Spares(member.worker, len(hosting.devices), hosting.environment)
+
+    def run(self, spec: JobSpec, inputs: tuple[Any, ...]) -> Any:
+        """Run a job on a device of its own, in a process of its own; the task of a job."""
+        member = _JobMember(self, spec.key)
+        with self._listed(member):
+            try:
+                holder = Holder(f"job {spec.key}", self.member.worker.address)
+                with (
+                    leases_here().lease(self.hosting.devices, spec.gpus, holder, member.check) as lease,
+                    self._counted(lease.devices),
+                    self._work(spec, inputs, lease) as work,
+                    Child(
+                        member,
+                        spec.environment,
+                        {FOLDER: self._folder, **lease.descriptors},
+                        variables=lease.variables,
+                        forked=self._spares.take(spec.environment),
+                    ) as child,
+                ):
+                    result: bytes = child.run(in_child.run_here, work)
+                return opened(result)
+            except BaseException:
+                if member.cancelled:  # Dask does not look at it, unless somebody wants it again
+                    raise Reschedule() from None
+                raise
+
+    @contextlib.contextmanager
+    def _listed(self, member: _JobMember) -> Iterator[None]:
+        with self._lock:
+            if self._closing:
+                raise Reschedule()
+            self._jobs[member.key] = member
+        task = member.worker.state.tasks.get(member.key)
+        if task is None or task.state == "cancelled":
+            member.cancel("it was cancelled")
+        try:
+            yield
+        finally:
+            with self._lock:
+                del self._jobs[member.key]
+                self._lock.notify_all()
+
+    @contextlib.contextmanager
+    def _counted(self, devices: tuple[Device, ...]) -> Iterator[None]:
+        start = time.time()
+        with self._lock:
+            for device in devices:
+                self._devices[device.name].since = start
+        try:
+            yield
+        finally:
+            with self._lock:
+                for device in devices:
+                    its = self._devices[device.name]
+                    its.busy += time.time() - max(start, its.since)
+                    its.jobs += 1
+
+    @contextlib.contextmanager
+    def _work(self, spec: JobSpec, values: tuple[Any, ...], lease: Any) -> Iterator[Work]:
+        """What the process is told; large inputs are in the spool as long as it works."""
+        inputs, large = Inputs.of(values) if values else (Inputs(), {})
+        if large:
+            inputs = dataclasses.replace(inputs, feed=spec.key)
+            with self._spool.writer(spec.key) as writer:
+                for file, array in large.items():
+                    writer.array(file, array)
+        whole = min(device.memory for device in lease.devices)
+        memory = spec.memory or (int(whole * lease.share) if lease.share < 1 else 0)
+        names = tuple(device.name for device in lease.devices)
+        try:
+            yield Work(spec.key, spec.call, inputs, names, lease.share, memory, spec.limits)
+        finally:
+            if large:
+                self._spool.drop(spec.key)
+
+    def cancel(self, key: str) -> None:
+        """End a job, if it runs here."""
+        with self._lock:
+            member = self._jobs.get(key)
+        if member is not None:
+            member.cancel("it was cancelled")
+
+    def close(self) -> None:
+        """End all jobs and processes; they are gone when this returns."""
+        with self._lock:
+            self._closing = self.member.stopping or "the pool was closed"
+            jobs = list(self._jobs.values())
+        for job in jobs:
+            job.cancel(self._closing)
+        with self._lock:
+            self._lock.wait_for(lambda: not self._jobs)
+        self._spares.close()
+
+    def status(self) -> list[dict[str, Any]]:
+        """A row for each device."""
+        rows = leases_here().status(self.hosting.devices)
+        lasted = max(time.time() - self.opened, 1e-9)
+        with self._lock:
+            for row in rows:
+                its = self._devices[row["device"]]
+                mine = row["state"] == "held" and row["since"] >= self.opened
+                busy = its.busy + (time.time() - row["since"] if mine else 0.0)
+                row |= {"worker": self.member.worker.address, "jobs": its.jobs, "utilisation": min(busy / lasted, 1.0)}
+        return rows
+
+
+class _Spares:
+    """Processes that wait for the next jobs, of the environment that the last job had."""
+
+    def __init__(self, worker: Worker, count: int, environment: Environment) -> None:
+        self._worker = worker
+        self._count = count
+        self._lock = threading.Lock()
+        self._waiting: list[Forked] = []
+        self._environments = {environment}
+        self._closed = False
+        self._fill(environment)
+
+    def take(self, environment: Environment) -> Forked:
+        """A process for a job; the one after it is forked while it works."""
+        server = fork_server(self._worker, environment)
+        with self._lock:
+            self._environments.add(environment)
+            fit = [spare for spare in self._waiting if spare.server is server and spare.alive]
+            unfit = [spare for spare in self._waiting if spare not in fit]
+            forked = fit.pop(0) if fit else None
+            self._waiting = fit
+        for spare in unfit:
+            spare.discard()
+        threading.Thread(target=self._fill, args=(environment,), name="jobs-spares", daemon=True).start()
+        return forked or Forked(self._worker, environment)
+
+    def _fill(self, environment: Environment) -> None:
+        with self._lock:
+            while not self._closed and len(self._waiting) < self._count:
+                self._waiting.append(Forked(self._worker, environment))
+
+    def close(self) -> None:
+        """End them, and the fork servers; they are gone when this returns."""
+        with self._lock:
+            self._closed, waiting, self._waiting = True, self._waiting, []
+        for spare in waiting:
+            spare.discard()
+        end_servers(self._worker, self._environments)
+
+
+_hosts: dict[tuple[str, str], _Host] = {}
+
+
+class _Cancelling:
+    """Hears of tasks that are cancelled while they run; a worker plugin."""
+
+    def __init__(self, worker: Worker) -> None:
+        self._worker = worker
+
+    def transition(self, key: Any, start: str, finish: str) -> None:
+        """Dask's word that a task changes; on its event loop."""
+        if finish == "released" and start in ("executing", "long-running"):
+            for (address, _), host in list(_hosts.items()):
+                if address == self._worker.address:
+                    host.cancel(key)
+
+
+def host_devices(member: WorkerMember, hosting: Hosting) -> None:
+    """The function of a pool's member: offer its devices until the pool is closed."""
+    worker, resource = member.worker, resource_of(hosting.pool)
+    stopped = threading.Event()
+    member.on_stop(stopped.set)
+    leases_here().ignored |= hosting.ignored
+    worker.plugins.setdefault(_PLUGIN, _Cancelling(worker))
+    with member_spool(member) as (spool, folder):
+        host = _hosts[worker.address, hosting.pool] = _Host(member, hosting, spool, folder)
+        try:
+            _offer(member, resource, len(hosting.devices))
+            member.emit(Offered, worker=worker.address, devices=[device.name for device in hosting.devices])
+            while not stopped.wait(1.0) and member.stopping is None:
+                pass
+        finally:
+            with contextlib.suppress(OSError, RuntimeError):  # the worker, or the scheduler, is gone
+                _offer(member, resource, 0)
+            host.close()
+            del _hosts[worker.address, hosting.pool]
+
+
+def _offer(member: WorkerMember, resource: str, amount: int) -> None:
+    worker = member.worker
+    sync(worker.loop, worker.set_resources, **{resource: amount})
+    member.ask("offer", worker=worker.address, resource=resource, amount=amount)
+
+
+def run_job(spec: JobSpec, *inputs: Any) -> Any:
+    """The Dask task of a job.
+
+    Raises
+    ------
+    MemberLost
+        If its process ended without a result: it crashed, was killed or frozen, or called `os._exit`.
+    MemberFailed
+        If the function raised `SystemExit`.
+    Exception
+        Whatever else the function raised, with its traceback.
+    """
+    worker = get_worker()
+    models_move()
+    secede()  # a worker has as many jobs as devices, whatever number of threads it has
+    host = _hosts.get((worker.address, spec.pool))
+    if host is None:  # the pool was closed, or its host has just been lost
+        raise Reschedule()
+    return host.run(spec, inputs)
+
+
+def status_here(pool: str, dask_worker: Worker) -> list[dict[str, Any]]:
+    """A row for each device of a pool on this worker."""
+    host = _hosts.get((dask_worker.address, pool))
+    return [] if host is None else host.status()

@@ -1,0 +1,484 @@
+"""Jobs that own their devices, from the client's side."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import logging
+import math
+import sys
+import uuid
+import weakref
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pkgutil import resolve_name
+from typing import Any
+
+from dask._task_spec import TaskRef
+from dask.utils import funcname, parse_bytes
+from distributed import Client, Future
+
+from dask_bridges import clients, config, placement, turns
+from dask_bridges.devices.finding import Group, find_groups
+from dask_bridges.errors import BridgeError, GangTimeout, PlacementError
+from dask_bridges.events import Event, EventStream, Finished, Listener, Started
+from dask_bridges.gang import Gang, GangPlan
+from dask_bridges.jobs import hosting
+from dask_bridges.jobs.calls import pack
+from dask_bridges.jobs.events import Offered
+from dask_bridges.jobs.hosting import Hosting, JobSpec, host_devices, resource_of, run_job
+from dask_bridges.jobs.status import PoolStatus
+from dask_bridges.plugins import installed
+from dask_bridges.processes import Environment
+from dask_bridges.shipping import sealed_task
+
+__all__ = ["DevicePool"]
+
+logger = logging.getLogger(__name__)
+
+LABEL = "DevicePool"
+
+#: Seconds between two looks at whether workers have come.
+LOOK = 2.0
+#: How many of its events a pool keeps.
+KEPT = 10_000
+
+
+class DevicePool:
+    """The devices of a cluster, for jobs that each have theirs to themselves.
+
+    A job is a function call in a new process that sees its own devices only, and has
+    the frameworks imported already. Its result is an ordinary Dask future. A context
+    manager, also an asynchronous one; `close` ends all jobs.
+
+    Parameters
+    ----------
+    client : Client, optional
+        The current one by default.
+    devices : mapping of str to sequence of str, optional
+        By a worker's name or address, or by a host, the names of its devices, as in ``CUDA_VISIBLE_DEVICES``;
+        any names where there is no GPU, for jobs that share nothing else. By default those that the workers'
+        ``CUDA_VISIBLE_DEVICES`` name, else all that NVML knows, else as many as the workers declare as their
+        Dask resource "GPU".
+    workers : str or list of str, optional
+        Addresses or names of the workers to use.
+    preload : sequence of str, optional
+        Modules that the jobs' processes have imported when they start. They may not touch a device as they are
+        imported. By default the frameworks that this process has imported.
+    timeout : float or str, optional
+        Longest wait for workers (``dask-bridges.timeout``).
+
+    Attributes
+    ----------
+    client : Client
+    id : str
+    events : EventStream
+        What the jobs have written and reported, newest 10,000.
+
+    Raises
+    ------
+    PlacementError
+        If there is no device anywhere; it says what there is.
+
+    Notes
+    -----
+    With an asynchronous client it is awaited: ``async with DevicePool(client) as pool``.
+    Workers that join later are used, too. A host's devices are offered by one of its
+    workers. A pool holds its workers shared: a training that wants them alone waits
+    until it is closed.
+
+    Examples
+    --------
+    >>> from distributed import Client, as_completed
+    >>> from dask_bridges.jobs import DevicePool
+    >>> def train(rate):
+    ...     return 1 / rate
+    >>> with Client(n_workers=1, threads_per_worker=1) as client:  # doctest: +SKIP
+    ...     with DevicePool(client, devices={"0": ["0", "1"]}) as pool:
+    ...         futures = pool.map(train, [0.1, 0.2, 0.5])
+    ...         sorted(client.gather(futures))
+    [2.0, 5.0, 10.0]
+    """
+
+    def __init__(
+        self,
+        client: Client | None = None,
+        *,
+        devices: Mapping[str, Sequence[str]] | None = None,
+        workers: str | Iterable[str] | None = None,
+        preload: Sequence[str] | None = None,
+        timeout: float | str | None = None,
+    ) -> None:
+        if sys.platform == "win32":
+            raise NotImplementedError("jobs need Dask workers on Linux, and a client that is no Windows")
+        self.client = clients.current(client)
+        self.id = uuid.uuid4().hex[:12]
+        self.events = EventStream(self.id, KEPT)
+        self._named = devices
+        self._workers = [workers] if isinstance(workers, str) else workers and list(workers)
+        self._timeout = None if timeout is None else config.seconds("timeout", timeout)
+        self._setup = _Setup.of(preload)
+        self._hosts: dict[str, _HostOf] = {}
+        self._seen: set[str] = set()
+        self._futures: weakref.WeakSet[Future] = weakref.WeakSet()
+        self._changed = asyncio.Event()
+        self._watching: asyncio.Future[None] | None = None
+        self._state = "new"
+        if not self.client.asynchronous:
+            clients.call(self.client, self._open)
+
+    # Its life
+
+    async def _open(self) -> DevicePool:
+        if self._state == "open":
+            return self
+        self._state = "open"
+        try:
+            await self._look(first=True)
+            await self._until_offered()
+        except BaseException:
+            await asyncio.shield(self._close())
+            raise
+        self._watching = asyncio.ensure_future(self._watch())
+        return self
+
+    async def _look(self, first: bool = False) -> None:
+        """Find the devices of workers that have come."""
+        workers = await placement.usable_workers(self.client, self._workers, self._timeout)
+        if first or {worker.address for worker in workers} - self._seen:
+            self._seen = {worker.address for worker in workers}
+            await placement.check_packages(self.client, sorted(self._seen), ["dask_bridges"])
+            groups = await find_groups(self.client, workers, self._named)
+            if not groups and first:
+                table = "\n  ".join(f"{worker.address}: resources {worker.resources or 'none'}" for worker in workers)
+                raise PlacementError(
+                    f"no worker has a device:\n  {table}\n"
+                    "Neither NVML (is nvidia-ml-py installed there?), nor CUDA_VISIBLE_DEVICES, nor a Dask resource "
+                    'GPU names one. Name them yourself: DevicePool(client, devices={"worker or host": ["0", "1"]})'
+                )
+            hosting_ones = sorted({address for group in groups for address in group.workers})
+            await placement.check_packages(self.client, hosting_ones, list(self._setup.modules), imports=False)
+            for group in groups:
+                if group.name in self._hosts:
+                    self._hosts[group.name].update(group)
+                else:
+                    self._hosts[group.name] = _HostOf(self, group)
+
+    async def _until_offered(self) -> None:
+        """Wait until the devices of all hosts are offered."""
+        limit = config.seconds("start-timeout")
+        try:
+            async with asyncio.timeout(limit):
+                while not all(host.offered for host in self._hosts.values()):
+                    for host in self._hosts.values():
+                        if host.failed is not None:
+                            raise host.failed
+                    await self._changed.wait()
+        except TimeoutError:
+            late = ", ".join(host.group.name for host in self._hosts.values() if not host.offered)
+            raise GangTimeout(
+                f"{LABEL}: the devices of {late} were not there after {limit:g} s; raise dask-bridges.start-timeout"
+            ) from None
+
+    async def _watch(self) -> None:
+        """Use the workers that come."""
+        while True:
+            await asyncio.sleep(LOOK)
+            try:
+                await self._look()
+            except (OSError, BridgeError) as error:
+                logger.info("[pool %s] %s", self.id, error)
+
+    def _tell_change(self) -> None:
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    def close(self) -> Any:
+        """Cancel the jobs that are not done, and end; no process, lease or file is left when this returns."""
+        return clients.call(self.client, self._close)
+
+    async def _close(self) -> None:
+        if self._state == "closed":
+            return
+        self._state = "closed"
+        if self._watching is not None:
+            self._watching.cancel()
+        unfinished = [future for future in list(self._futures) if not future.done()]
+        if unfinished and self.client.status == "running":
+            await self.client.cancel(unfinished, asynchronous=True)
+        await asyncio.gather(*(host.close() for host in self._hosts.values()), return_exceptions=True)
+
+    def __enter__(self) -> DevicePool:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    def __await__(self) -> Any:
+        return self._open().__await__()
+
+    async def __aenter__(self) -> DevicePool:
+        return await self._open()
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        await self._close()
+
+    # Jobs
+
+    def submit(
+        self,
+        fn: Callable[..., Any],
+        *args: Any,
+        gpus: float = 1,
+        memory: int | str | None = None,
+        priority: int = 0,
+        retries: int = 0,
+        env: Mapping[str, str] | None = None,
+        **kwargs: Any,
+    ) -> Future:
+        """Call a function on devices of its own.
+
+        Parameters
+        ----------
+        fn : callable
+        *args, **kwargs
+            Futures among them, also in lists, tuples, sets and dicts, become their results.
+        gpus : float
+            How many devices, all of one host; or 1/2, 1/4, 1/8, …: a share of one, by agreement.
+        memory : int or str, optional
+            Most that the job may use on each device, in bytes or as "8 GiB", where its framework keeps to it
+            (TensorFlow, and Keras on it). By default no limit, and for a share of a device that share of its memory.
+        priority : int
+            Of those that wait, the highest runs first.
+        retries : int
+            How often it is tried again.
+        env : mapping of str to str, optional
+            Environment variables, set before a framework is imported.
+
+        Returns
+        -------
+        Future
+            It raises what `fn` raised; `MemberLost` if the process crashed, was killed or left with
+            ``os._exit``, with its last lines; `MemberFailed` for ``sys.exit``.
+
+        Raises
+        ------
+        PlacementError
+            If no host has so many devices, or the pool is closed.
+        ValueError, TypeError
+            If `gpus` or `memory` is no such number, or `fn` cannot be pickled.
+        """
+        (future,) = self._submit(fn, [(args, kwargs)], gpus, memory, priority, retries, env)
+        return future
+
+    def map(
+        self,
+        fn: Callable[..., Any],
+        *iterables: Iterable[Any],
+        gpus: float = 1,
+        memory: int | str | None = None,
+        priority: int = 0,
+        retries: int = 0,
+        env: Mapping[str, str] | None = None,
+        **kwargs: Any,
+    ) -> list[Future]:
+        """Call a function once for the items of each of `iterables`, as `submit` does.
+
+        Parameters
+        ----------
+        fn : callable
+        *iterables
+            Arguments in their order; as many calls as the shortest has items.
+        gpus, memory, priority, retries, env
+            See `submit`.
+        **kwargs
+            The same for all calls.
+
+        Returns
+        -------
+        list of Future
+            In the order of the items.
+        """
+        calls = [(args, kwargs) for args in zip(*iterables)]
+        return self._submit(fn, calls, gpus, memory, priority, retries, env)
+
+    def _submit(
+        self,
+        fn: Callable[..., Any],
+        calls: Sequence[tuple[Sequence[Any], Mapping[str, Any]]],
+        gpus: float,
+        memory: int | str | None,
+        priority: int,
+        retries: int,
+        env: Mapping[str, str] | None,
+    ) -> list[Future]:
+        if not callable(fn):
+            raise TypeError(f"the first argument is the function to call, not {type(fn).__name__}")
+        self._check(gpus)
+        limit = parse_bytes(memory) if memory is not None else 0
+        if limit < 0:
+            raise ValueError(f"memory={memory!r}: pass a number of bytes, or a text such as '8 GiB'")
+        environment, limits = self._setup.environment(self.id, env), self._setup.limits
+        name, number = funcname(fn), uuid.uuid4().hex
+        graph, keys, digits = {}, [], len(str(len(calls)))
+        for at, (args, kwargs) in enumerate(calls):
+            call, futures = pack(fn, args, kwargs)
+            key = f"{name}-{number}-{at:0{digits}}" if len(calls) > 1 else f"{name}-{number}"  # Dask sorts them
+            spec = JobSpec(self.id, key, call, gpus, limit, environment, limits)
+            graph[key] = sealed_task(key, run_job, spec, inputs=tuple(TaskRef(future.key) for future in futures))
+            keys.append(key)
+        clients.lend_slot()
+        futures = self.client.get(
+            graph,
+            keys,
+            sync=False,
+            priority=priority,
+            retries=retries,
+            resources={resource_of(self.id): gpus},
+            fifo_timeout="0s",  # strictly in the order asked
+        )
+        self._futures.update(futures)
+        return list(futures)
+
+    def _check(self, gpus: float) -> None:
+        if self._state != "open":
+            hint = "was closed" if self._state == "closed" else "is not open yet: await it, or use `async with`"
+            raise PlacementError(f"the pool {hint}")
+        number = isinstance(gpus, int | float) and not isinstance(gpus, bool) and math.isfinite(gpus) and gpus > 0
+        if not number or (gpus > 1 and gpus != int(gpus)) or (gpus < 1 and math.frexp(gpus)[0] != 0.5):
+            raise ValueError(f"gpus={gpus!r}: pass how many devices, or 1/2, 1/4, 1/8, … for a share of one")
+        most = max((len(host.group.devices) for host in self._hosts.values()), default=0)
+        if gpus > most:
+            there = ", ".join(f"{host.group.name} has {len(host.group.devices)}" for host in self._hosts.values())
+            raise PlacementError(f"gpus={gpus!r}: a job's devices are all of one host, and {there}")
+
+    def cancel(self, futures: Future | Iterable[Future]) -> Any:
+        """Cancel jobs: those that wait never run, those that run are ended, with what they have started."""
+        listed = [futures] if isinstance(futures, Future) else list(futures)
+        return self.client.cancel(listed)
+
+    def status(self) -> Any:
+        """What the devices do now.
+
+        Returns
+        -------
+        PoolStatus
+            A row for each device; an awaitable of it with an asynchronous client.
+        """
+        return clients.call(self.client, self._status)
+
+    async def _status(self) -> PoolStatus:
+        places = [host.worker for host in self._hosts.values() if host.worker]
+        found = await self.client.run(hosting.status_here, self.id, workers=places, on_error="ignore")
+        rows = [row for place in places for row in found.get(place, [])]
+        return PoolStatus(rows, sum(not future.done() for future in list(self._futures)))
+
+    def listen(self, listener: Listener) -> None:
+        """Call `listener` with every event of the jobs, `JobLog` and `Reported`, those of the past first.
+
+        It is called on the client's event loop and must not block.
+        """
+        self.events.listen(listener)
+
+    def __repr__(self) -> str:
+        devices = sum(len(host.group.devices) for host in self._hosts.values())
+        return f"<DevicePool {self.id}: {devices} devices on {len(self._hosts)} hosts, {self._state}>"
+
+
+class _HostOf:
+    """The host of one group of devices, anew where it is lost with its worker."""
+
+    def __init__(self, pool: DevicePool, group: Group) -> None:
+        self.pool = pool
+        self.group = group
+        self.worker = ""  # that offers the devices now
+        self.failed: BaseException | None = None
+        self._gang: Gang | None = None
+        self._closing = False
+        self._running = asyncio.ensure_future(self._run())
+
+    @property
+    def offered(self) -> bool:
+        """Whether its devices are there."""
+        return bool(self.worker)
+
+    def update(self, group: Group) -> None:
+        """Its workers have changed."""
+        self.group = group
+        self.pool._tell_change()
+
+    async def _run(self) -> None:
+        while not self._closing:
+            group = self.group
+            plan = GangPlan(
+                LABEL,
+                host_devices,
+                [
+                    Hosting(
+                        self.pool.id,
+                        tuple(group.devices),
+                        frozenset(group.pids),
+                        config.seconds("job-stop-timeout"),
+                        self.pool._setup.environment(self.pool.id, None),
+                    )
+                ],
+                list(group.workers),
+                exclusive=False,
+                timeout=self.pool._timeout,
+            )
+            self._gang = Gang(self.pool.client, plan)
+            self._gang.events.listen(self._notice)
+            try:
+                await self._gang.run()
+            except (BridgeError, OSError) as error:
+                self.failed = error
+                logger.warning("[pool %s] the devices of %s are gone: %s", self.pool.id, group.name, error)
+            self.worker = ""
+            self.pool._tell_change()
+            while not self._closing and self.group is group:  # until a look finds its workers changed
+                self.pool._seen.clear()
+                await self.pool._changed.wait()
+
+    def _notice(self, event: Event) -> None:
+        if isinstance(event, Offered):
+            self.worker, self.failed = event.worker, None
+            self.pool._tell_change()
+        elif not isinstance(event, Started | Finished):
+            self.pool.events.publish(dataclasses.replace(event, gang=self.pool.id, attempt=1))
+
+    async def close(self) -> None:
+        """End it, with its jobs."""
+        self._closing = True
+        if self._gang is not None:
+            with contextlib.suppress(OSError):  # without a scheduler it has ended
+                await turns.ask(self.pool.client, "settle", gang=self._gang.id, reason="the pool was closed")
+                await asyncio.wait({self._running}, timeout=self._gang.deadlines.child_stop_timeout)
+        self._running.cancel()
+        await asyncio.gather(self._running, return_exceptions=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Setup:
+    """What the jobs' processes find imported and set, and who limits the memory of which framework."""
+
+    modules: tuple[str, ...]
+    variables: Mapping[str, str | None]
+    limits: Mapping[str, str]
+
+    @classmethod
+    def of(cls, preload: Sequence[str] | None) -> _Setup:
+        known = [plugin.children for plugin in installed()[0] if plugin.children is not None]
+        here = [module for children in known for module in children.modules if module in sys.modules]
+        modules = tuple(dict.fromkeys(here if preload is None else map(str, preload)))
+        variables: dict[str, str | None] = {}
+        for children in known:
+            if children.variables and set(children.modules) & set(modules):
+                variables |= resolve_name(children.variables)()
+        limits = {children.modules[0]: children.memory for children in known if children.memory}
+        return cls(modules, variables, limits)
+
+    def environment(self, pool: str, env: Mapping[str, str] | None) -> Environment:
+        """Of one job; pools share no fork servers, since these end with their pool."""
+        variables = {"DASK_BRIDGES_POOL": pool, **self.variables, **(env or {})}
+        # What every job's process needs is imported before it is forked, too.
+        return Environment(("dask_bridges.jobs.job", *self.modules), tuple(sorted(variables.items())))
