@@ -9,10 +9,14 @@ import asyncio
 import importlib
 import importlib.metadata
 import importlib.util
+import os
 import sys
 from typing import Any
 
 __all__ = ["look", "versions"]
+
+#: Versions by package, and by when the folders of `sys.path` were changed.
+_found: dict[tuple[Any, ...], str] = {}
 
 
 def versions(packages: tuple[str, ...], imports: bool) -> dict[str, Any]:
@@ -35,8 +39,11 @@ def _installed(package: str) -> str:
     """The version of a package that may not be imported here."""
     if importlib.util.find_spec(package) is None:
         raise ModuleNotFoundError(f"No module named {package!r}", name=package)
-    builds = importlib.metadata.packages_distributions().get(package, [])
-    return importlib.metadata.version(sorted(builds)[0]) if builds else ""
+    asked = (package, *(os.stat(folder).st_mtime_ns for folder in sys.path if os.path.isdir(folder)))
+    if asked not in _found:  # it takes most of a second
+        builds = importlib.metadata.packages_distributions().get(package, [])
+        _found[asked] = importlib.metadata.version(sorted(builds)[0]) if builds else ""
+    return _found[asked]
 
 
 async def look(packages: tuple[str, ...], imports: bool = True) -> dict[str, Any]:
