@@ -12,8 +12,8 @@ import click
 import pytest
 from click.testing import CliRunner, Result
 
-from dask_bridges import PlacementError
-from dask_bridges.ui import Demo, DemoOptions, Extra, Plugin, cli, plugins
+from dask_bridges import PlacementError, plugins
+from dask_bridges.ui import Demo, DemoOptions, Extra, Plugin, cli
 
 MODULE = "a_bridge_of_the_tests"
 

@@ -446,6 +446,7 @@ def test_servers_are_gone_with_a_worker_that_closes(bridges_doomed_client: Clien
 # What the worker feels
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("tensorflow") is None, reason="needs TensorFlow")
 def test_the_worker_s_event_loop_goes_on_while_its_server_imports_tensorflow(bridges_client: Client) -> None:
     environment = Environment(("tensorflow",), (("OF_ITS_OWN", "1"),))

@@ -57,6 +57,7 @@ def test_the_wheel_holds_the_packages_and_what_they_read(wheel: Path) -> None:
     assert "dask_serializers.hooks:activate" in entry_points
 
 
+@pytest.mark.slow  # it installs a framework
 @pytest.mark.timeout(600)
 def test_the_wheel_trains_in_an_empty_environment(wheel: Path, tmp_path: Path) -> None:
     environment = tmp_path / "environment"

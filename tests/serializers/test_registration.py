@@ -140,6 +140,7 @@ def test_a_reader_of_another_protocol_says_which_versions_have_met() -> None:
         arrive_nested(header, *frames).layers  # noqa: B018
 
 
+@pytest.mark.slow  # processes that import TensorFlow
 @pytest.mark.parametrize("missing", ["keras", "backend"])
 def test_a_model_without_its_framework_says_so(missing: str) -> None:
     code = f"""

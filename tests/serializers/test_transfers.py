@@ -142,6 +142,7 @@ def test_a_model_of_classes_and_functions_defined_here_arrives_with_them(client:
     assert scores(client.submit(lambda m: m, sent, workers=workers[1:]).result(60)) == scores(model)
 
 
+@pytest.mark.slow
 def test_a_model_of_a_script_moves_both_ways(tmp_path: Path, client: Client) -> None:
     script = tmp_path / "script.py"
     script.write_text(

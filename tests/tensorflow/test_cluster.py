@@ -73,6 +73,7 @@ def listens(address: str) -> bool:
 # Which tasks
 
 
+@pytest.mark.slow
 def test_servers_listen_where_the_specification_says_on_the_hosts_of_their_dask_workers(
     start: Start, bridges_client: Client
 ) -> None:
@@ -240,6 +241,7 @@ def test_two_clusters_live_on_the_same_workers_at_once(start: Start) -> None:
 # Ends
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rounds", [3, pytest.param(10, marks=pytest.mark.slow)])
 def test_rounds_of_starting_feeding_and_closing_leave_nothing(
     start: Start, bridges_client: Client, rounds: int
@@ -430,6 +432,7 @@ def test_a_task_that_dies_while_it_starts_is_named_with_its_last_lines(
     wait_until_same(bridges_client, before, timeout=10)
 
 
+@pytest.mark.slow
 def test_a_keras_that_cannot_be_imported_says_why(start: Start, bridges_client: Client) -> None:
     with pytest.raises(PlacementError, match=r"keras cannot be imported in a child process(.|\n)*nonsense"):
         start(worker=1, environment={"KERAS_BACKEND": "nonsense"})

@@ -94,6 +94,7 @@ ALL = float(np.arange(100.0).sum())
 # A replaceable task
 
 
+@pytest.mark.slow
 def test_a_killed_worker_comes_back_at_its_address_with_its_rows_and_the_others_go_on(
     client: Client, watch: Any
 ) -> None:

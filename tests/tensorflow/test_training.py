@@ -106,6 +106,7 @@ def trains(event: Event) -> bool:
 # What comes of it
 
 
+@pytest.mark.slow
 def test_digits_are_learned_until_the_scorer_is_content(cluster: Any, digits: tuple[Any, Any]) -> None:
     X, y = digits
     live: list[float] = []
@@ -275,6 +276,7 @@ def test_a_killed_server_without_a_checkpoint_ends_all_with_the_cause(client: Cl
         assert {row["state"] for row in cluster.status()} == {"ended"}
 
 
+@pytest.mark.slow
 def test_a_killed_chief_ends_all_with_the_cause(client: Client, digits: tuple[Any, Any]) -> None:
     with start(client, digits) as cluster:
         once(cluster, trains, lambda: kill(cluster, "chief:0"))
@@ -328,6 +330,7 @@ def train_mirrored(cluster: Any, batch: int) -> Any:
     return w.numpy()
 
 
+@pytest.mark.slow
 def test_multi_worker_mirrored_strategy_trains_as_one_process_does(client: Client) -> None:
     X = np.random.default_rng(0).normal(size=(400, 3)).astype("float32")
     y = X @ np.array([1, 2, 3], "float32")

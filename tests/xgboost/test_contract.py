@@ -3,12 +3,14 @@
 from typing import Any
 
 import numpy as np
+import pytest
 import xgboost as xgb
 from distributed import Client
 from xgboost import collective
 
 import dask_xgboost
-from dask_bridges.testing.contract import BridgeContract
+from dask_bridges.testing.contract import BridgeContract, FailureContract, RunContract, TurnContract
+from dask_bridges.testing.contract.base import Contract
 
 PARAMS = {"objective": "binary:logistic", "max_depth": 3, "eta": 0.5}
 
@@ -22,7 +24,7 @@ class _Faulty(xgb.callback.TrainingCallback):
         return False
 
 
-class TestXGBoost(BridgeContract):
+class XGBoost(Contract):
     def train(
         self, client: Client | None, X: Any, y: Any, *, fault: Any = None, rounds: int = 3, **options: Any
     ) -> Any:
@@ -41,3 +43,16 @@ class TestXGBoost(BridgeContract):
         frame = X.to_dask_dataframe(columns=["a", "b", "c"])
         series = client.compute(dask_xgboost.predict(client, result, frame)).result()
         np.testing.assert_allclose(series, predictions, rtol=1e-6)
+
+
+@pytest.mark.cluster
+class TestXGBoost(XGBoost, RunContract, TurnContract):
+    """What a person meets every day, on the shared workers where that can be."""
+
+    test_the_root_cause_is_raised = FailureContract.test_the_root_cause_is_raised_and_the_workers_are_free
+    test_a_killed_member_is_named = FailureContract.test_a_killed_member_is_named_and_the_next_training_runs
+
+
+@pytest.mark.slow  # many clusters of their own
+class TestXGBoostWhateverDies(XGBoost, BridgeContract):
+    """The whole contract."""
