@@ -85,7 +85,7 @@ def test_demo_help_tells_the_options_and_the_installed_demos(offer) -> None:
 
 def test_the_command_line_loads_neither_a_framework_nor_the_cluster() -> None:
     code = (
-        "import sys, dask_bridges.ui.cli; from dask_bridges.ui import plugins; plugins.installed();"
+        "import sys, dask_bridges.ui.cli; from dask_bridges import plugins; plugins.installed();"
         "print([m for m in ('xgboost', 'pandas', 'dask.dataframe', 'distributed.client') if m in sys.modules])"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
