@@ -1,12 +1,18 @@
-"""What the jobs of tests do: a module that is imported fast, since each of their processes does."""
+"""What the jobs of tests do, and how tests wait for them: imported fast, since each job's process does that."""
 
 from __future__ import annotations
 
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import psutil
+
+#: Devices of the first two workers of the shared cluster.
+FOUR = {"0": ["0", "1"], "1": ["2", "3"]}
 
 
 class Flags:
@@ -48,3 +54,17 @@ def hold(flags: Flags, name: str, go: str = "go") -> str:
 
 def add(*numbers: Any, plus: Any = 0) -> Any:
     return sum(numbers) + plus
+
+
+def gone(pid: int) -> bool:
+    try:
+        return bool(psutil.Process(pid).status() == psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return True
+
+
+def wait_until(true: Callable[[], Any], timeout: float, what: str) -> None:
+    deadline = time.monotonic() + timeout
+    while not true():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.01)
