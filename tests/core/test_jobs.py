@@ -270,5 +270,6 @@ def test_what_cannot_be_pickled_is_refused_by_name(pool: DevicePool) -> None:
         pool.submit(needs_lock)
     with pytest.raises(TypeError, match="the function to call, not int"):
         pool.submit(3)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="memory=-1"):
-        pool.submit(add, memory=-1)
+    for memory in (-1, "much", object()):
+        with pytest.raises(ValueError, match="memory="):
+            pool.submit(add, memory=memory)  # type: ignore[arg-type]

@@ -157,7 +157,8 @@ class _Host:
                     result: bytes = child.run(in_child.run_here, work)
                 return opened(result)
             except BaseException:
-                if member.cancelled:  # Dask does not look at it, unless somebody wants it again
+                # Of a cancelled task Dask does not look at the end, unless somebody wants it again.
+                if member.cancelled or member.leaving:
                     raise Reschedule() from None
                 raise
 

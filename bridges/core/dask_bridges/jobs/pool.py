@@ -64,7 +64,7 @@ class DevicePool:
         Addresses or names of the workers to use.
     preload : sequence of str, optional
         Modules that the jobs' processes have imported when they start. They may not touch a device as they are
-        imported. By default the frameworks that this process has imported.
+        imported. By default the frameworks that this process has imported, and the workers have in the same versions.
     timeout : float or str, optional
         Longest wait for workers (``dask-bridges.timeout``).
 
@@ -117,6 +117,7 @@ class DevicePool:
         self._named = devices
         self._workers = [workers] if isinstance(workers, str) else workers and list(workers)
         self._timeout = None if timeout is None else config.seconds("timeout", timeout)
+        self._preload = preload
         self._setup = _Setup.of(preload)
         self._hosts: dict[str, _HostOf] = {}
         self._seen: set[str] = set()
@@ -157,12 +158,23 @@ class DevicePool:
                     'GPU names one. Name them yourself: DevicePool(client, devices={"worker or host": ["0", "1"]})'
                 )
             hosting_ones = sorted({address for group in groups for address in group.workers})
-            await placement.check_packages(self.client, hosting_ones, list(self._setup.modules), imports=False)
+            await self._check_modules(hosting_ones)
             for group in groups:
                 if group.name in self._hosts:
                     self._hosts[group.name].update(group)
                 else:
                     self._hosts[group.name] = _HostOf(self, group)
+
+    async def _check_modules(self, workers: Sequence[str]) -> None:
+        """See that the workers have what is imported ahead; what nobody has named is left out otherwise."""
+        for module in self._setup.modules:
+            try:
+                await placement.check_packages(self.client, workers, [module], imports=False)
+            except PlacementError as error:
+                if self._preload is not None:
+                    raise
+                logger.info("[pool %s] %s is not imported ahead for the jobs: %s", self.id, module, error)
+                self._setup = self._setup.without(module)
 
     async def _until_offered(self) -> None:
         """Wait until the devices of all hosts are offered."""
@@ -315,9 +327,7 @@ class DevicePool:
         if not callable(fn):
             raise TypeError(f"the first argument is the function to call, not {type(fn).__name__}")
         self._check(gpus)
-        limit = parse_bytes(memory) if memory is not None else 0
-        if limit < 0:
-            raise ValueError(f"memory={memory!r}: pass a number of bytes, or a text such as '8 GiB'")
+        limit = _bytes(memory)
         environment, limits = self._setup.environment(self.id, env), self._setup.limits
         name, number = funcname(fn), uuid.uuid4().hex
         graph, keys, digits = {}, [], len(str(len(calls)))
@@ -383,6 +393,17 @@ class DevicePool:
     def __repr__(self) -> str:
         devices = sum(len(host.group.devices) for host in self._hosts.values())
         return f"<DevicePool {self.id}: {devices} devices on {len(self._hosts)} hosts, {self._state}>"
+
+
+def _bytes(memory: int | str | None) -> int:
+    """A limit in bytes; 0 for none."""
+    try:
+        limit = int(parse_bytes(memory)) if memory is not None else 0
+    except (ValueError, TypeError, AttributeError):
+        limit = -1
+    if limit < 0:
+        raise ValueError(f"memory={memory!r}: pass a number of bytes, or a text such as '8 GiB'")
+    return limit
 
 
 class _HostOf:
@@ -476,6 +497,10 @@ class _Setup:
                 variables |= resolve_name(children.variables)()
         limits = {children.modules[0]: children.memory for children in known if children.memory}
         return cls(modules, variables, limits)
+
+    def without(self, module: str) -> _Setup:
+        """The same without one of the modules."""
+        return dataclasses.replace(self, modules=tuple(name for name in self.modules if name != module))
 
     def environment(self, pool: str, env: Mapping[str, str] | None) -> Environment:
         """Of one job; pools share no fork servers, since these end with their pool."""
