@@ -87,8 +87,8 @@ def train(
     feature_weights, feature_names, feature_types : optional
         See `DMatrix`.
     num_boost_round : int, default 10
-    evals : sequence of (what, name), optional
-        `what` is a `DMatrix`, a dataframe that holds the same label column, or a
+    evals : sequence of tuple, optional
+        Of ``(what, name)``, where ``what`` is a `DMatrix`, a dataframe that holds the same label column, or a
         tuple ``(X, y)`` or ``(X, y, weight)``; `X` itself stands for the training set.
         Weights that are a column of `X` are taken where `what` has that column.
     evals_result : dict, optional
