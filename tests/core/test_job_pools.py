@@ -15,6 +15,7 @@ from typing import Any
 import dask.dataframe as dd
 import numpy as np
 import pandas as pd
+import psutil
 import pytest
 from distributed import Client, LocalCluster, get_client, wait
 from tests.core.jobs_at_work import FOUR, Flags, add, find_in, find_not_in, gone, hold, wait_until, where
@@ -25,6 +26,15 @@ from dask_bridges.testing import footprint
 from dask_bridges.testing.traces import wait_until_same
 
 pytestmark = [pytest.mark.cluster, pytest.mark.skipif(sys.platform != "linux", reason="child processes need Linux")]
+
+
+def waiting(client: Client) -> int:
+    """How many jobs wait on the scheduler."""
+
+    def unrunnable(dask_scheduler: Any) -> int:
+        return len(dask_scheduler.unrunnable)
+
+    return int(client.run_on_scheduler(unrunnable))
 
 
 def test_environment_variables_are_set_before_modules_are_imported(bridges_client: Client, tmp_path: Path) -> None:
@@ -41,6 +51,17 @@ def test_environment_variables_are_set_before_modules_are_imported(bridges_clien
         found = [pool.submit(seen, env={"LOOKED_FOR": value}).result() for value in ("a", "b", "a")]
         assert found == ["a", "b", "a"]
         assert pool.submit(seen).result() is None
+
+
+def test_few_of_many_environments_are_kept_ready(bridges_client: Client) -> None:
+    def servers() -> int:
+        return len(psutil.Process().children())
+
+    before = max(bridges_client.run(servers).values())
+    with DevicePool(bridges_client, devices={"0": ["0"]}, preload=()) as pool:
+        found = [pool.submit(os.getenv, "WHO", env={"WHO": str(who)}).result() for who in range(7)]
+        assert found == list(map(str, range(7)))
+        wait_until(lambda: max(bridges_client.run(servers).values()) <= before + 4, 10, "they all live on")
 
 
 def test_partitions_come_whole_and_can_be_written_to(bridges_client: Client) -> None:
@@ -68,6 +89,7 @@ def test_a_large_job_gets_its_turn_under_a_stream_of_small_ones(bridges_client: 
         before = [pool.submit(note, f"before-{number}") for number in range(6)]
         large = pool.submit(note, "large", gpus=4)
         after = [pool.submit(note, f"after-{number}") for number in range(6)]
+        wait_until(lambda: waiting(bridges_client) == 7, 10, "they are not queued")
         flags.set("go")
         bridges_client.gather([first, *before, large, *after])
     order = (flags.folder / "order").read_text().split()
@@ -93,6 +115,7 @@ def test_the_highest_priority_runs_first(bridges_client: Client, flags: Flags) -
         held = pool.submit(hold, flags, "up")
         flags.wait("up")
         futures = [pool.submit(note, str(priority), priority=priority) for priority in (0, 2, 1)]
+        wait_until(lambda: waiting(bridges_client) == 3, 10, "they are not queued")
         flags.set("go")
         bridges_client.gather([held, *futures])
     assert (flags.folder / "order").read_text().split() == ["2", "1", "0"]

@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,6 +35,9 @@ from dask_serializers.hooks import activate as models_move
 __all__ = ["Hosting", "JobSpec", "host_devices", "resource_of", "run_job", "status_here"]
 
 _PLUGIN = "dask-bridges-jobs"
+
+#: How many environments keep a fork server with their frameworks imported, on each worker: those last used.
+SERVERS = 4
 
 
 def resource_of(pool: str) -> str:
@@ -250,7 +253,7 @@ class _Spares:
         self._count = count
         self._lock = threading.Lock()
         self._waiting: list[Forked] = []
-        self._environments = {environment}
+        self._environments: dict[Environment, None] = {environment: None}
         self._closed = False
         self._fill(environment)
 
@@ -258,15 +261,23 @@ class _Spares:
         """A process for a job; the one after it is forked while it works."""
         server = fork_server(self._worker, environment)
         with self._lock:
-            self._environments.add(environment)
+            self._environments.pop(environment, None)
+            self._environments[environment] = None  # the newest is last
+            oldest = list(self._environments)[:-SERVERS]
+            for name in oldest:
+                del self._environments[name]
             fit = [spare for spare in self._waiting if spare.server is server and spare.alive]
             unfit = [spare for spare in self._waiting if spare not in fit]
             forked = fit.pop(0) if fit else None
             self._waiting = fit
         for spare in unfit:
             spare.discard()
-        threading.Thread(target=self._fill, args=(environment,), name="jobs-spares", daemon=True).start()
+        threading.Thread(target=self._look_after, args=(environment, oldest), name="jobs-spares", daemon=True).start()
         return forked or Forked(self._worker, environment)
+
+    def _look_after(self, environment: Environment, oldest: Sequence[Environment]) -> None:
+        self._fill(environment)
+        end_servers(self._worker, oldest)
 
     def _fill(self, environment: Environment) -> None:
         with self._lock:
