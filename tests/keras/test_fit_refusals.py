@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import sys
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import dask.array as da
@@ -14,8 +14,9 @@ import pandas as pd
 import pytest
 from distributed import Client
 
-from dask_bridges import DataError, MemberFailed, PlacementError, placement
+from dask_bridges import DataError, MemberFailed, PlacementError
 from dask_bridges.testing import leftovers, wait_until_free
+from dask_bridges.testing.packages import another_version, package_missing
 
 keras = pytest.importorskip("keras")
 dask_keras = pytest.importorskip("dask_keras")
@@ -240,67 +241,17 @@ def test_more_workers_than_rows_are_refused(call: Call) -> None:
 # The workers
 
 
-class Missing:
-    """Keras is not installed."""
-
-    def __init__(self) -> None:
-        self.loaded = sys.modules.pop("keras", None)
-
-    def find_spec(self, name: str, path: Any = None, target: Any = None) -> None:
-        if name == "keras":
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
-
-
-def hide_keras() -> None:
-    sys.meta_path.insert(0, Missing())
-
-
-def show_keras() -> None:
-    [missing] = [finder for finder in sys.meta_path if type(finder).__name__ == "Missing"]
-    sys.meta_path.remove(missing)
-    if missing.loaded is not None:
-        sys.modules["keras"] = missing.loaded
-
-
-def another_version() -> None:
-    from importlib import metadata
-
-    real = metadata.version
-    patched: Any = lambda name: "1.0.0" if name == "keras" else real(name)  # noqa: E731
-    patched.real = real
-    vars(metadata)["version"] = patched
-
-
-def same_version() -> None:
-    from importlib import metadata
-
-    vars(metadata)["version"] = vars(metadata)["version"].real
-
-
-@contextlib.contextmanager
-def changed(client: Client, worker: str, change: Callable[[], None], back: Callable[[], None]) -> Iterator[None]:
-    """A worker's process is changed, and the client knows nothing of what is installed there."""
-    client.run(change, workers=[worker])
-    placement._probed.pop(client, None)
-    try:
-        yield
-    finally:
-        client.run(back, workers=[worker])
-        placement._probed.pop(client, None)
-
-
 @pytest.mark.parametrize(
-    ("change", "back", "said"),
+    ("change", "said"),
     [
-        (hide_keras, show_keras, r'worker {} cannot import keras .*pip install "dask-bridges\[keras\]"'),
-        (another_version, same_version, r"keras is 1\.0\.0 on worker {} and 3\.\S+ on the client"),
+        (package_missing, r'worker {} cannot import keras .*pip install "dask-bridges\[keras\]"'),
+        (partial(another_version, version="1.0.0"), r"keras is 1\.0\.0 on worker {} and 3\.\S+ on the client"),
     ],
+    ids=["missing", "another version"],
 )
-def test_a_worker_without_keras_or_with_another_is_named(
-    call: Call, change: Callable[[], None], back: Callable[[], None], said: str
-) -> None:
+def test_a_worker_without_keras_or_with_another_is_named(call: Call, change: Callable[..., Any], said: str) -> None:
     worker = sorted(call.client.scheduler_info(n_workers=-1)["workers"])[1]
-    with changed(call.client, worker, change, back):
+    with change(call.client, worker, package="keras"):
         call.refused(PlacementError, said.format(worker), model_of(), array(3), array())
 
 

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,10 @@ import psutil
 import pytest
 from distributed import Client, LocalCluster, get_client
 
-from dask_bridges import GangTimeout, MemberLost, PlacementError, placement
+from dask_bridges import GangTimeout, MemberLost, PlacementError
 from dask_bridges.ports import held_port
 from dask_bridges.testing import footprint, leftovers, wait_until_free
+from dask_bridges.testing.packages import another_version, package_missing
 from dask_bridges.testing.traces import wait_until_same
 from dask_tf import start_tensorflow
 
@@ -332,60 +333,11 @@ def test_all_ends_with_the_client(start: Start, bridges_client: Client, tmp_path
 # Workers that are not fit
 
 
-@contextlib.contextmanager
-def on_worker(client: Client, worker: str, change: Callable[[], None], back: Callable[[], None]) -> Iterator[None]:
-    """A change of a worker's process, while the client knows nothing of what is installed there."""
-    client.run(change, workers=[worker])
-    placement._probed.pop(client, None)
-    try:
-        yield
-    finally:
-        client.run(back, workers=[worker])
-        placement._probed.pop(client, None)
-
-
-class Missing:
-    """TensorFlow is not installed."""
-
-    def __init__(self) -> None:
-        self.loaded = sys.modules.pop("tensorflow", None)
-
-    def find_spec(self, name: str, path: Any = None, target: Any = None) -> None:
-        if name == "tensorflow":
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
-
-
-def hide_tensorflow() -> None:
-    sys.meta_path.insert(0, Missing())
-
-
-def show_tensorflow() -> None:
-    [missing] = [finder for finder in sys.meta_path if type(finder).__name__ == "Missing"]
-    sys.meta_path.remove(missing)
-    if missing.loaded is not None:
-        sys.modules["tensorflow"] = missing.loaded
-
-
-def another_version() -> None:
-    from importlib import metadata
-
-    real = metadata.version
-    patched: Any = lambda name: "1.0.0" if "tensorflow" in name else real(name)  # noqa: E731
-    patched.real = real
-    vars(metadata)["version"] = patched
-
-
-def same_version() -> None:
-    from importlib import metadata
-
-    vars(metadata)["version"] = vars(metadata)["version"].real
-
-
 def test_a_dask_worker_without_tensorflow_is_named_with_the_remedy(start: Start, bridges_client: Client) -> None:
     worker = addresses(bridges_client)[1]
     said = rf'worker {worker} cannot import tensorflow .*pip install "dask-bridges\[tensorflow\]"'
     with (
-        on_worker(bridges_client, worker, hide_tensorflow, show_tensorflow),
+        package_missing(bridges_client, worker, "tensorflow"),
         pytest.raises(PlacementError, match=said),
     ):
         start(ps=1, worker=2)
@@ -397,7 +349,7 @@ def test_a_dask_worker_with_another_tensorflow_is_named_with_both_versions(
 ) -> None:
     worker = addresses(bridges_client)[2]
     with (
-        on_worker(bridges_client, worker, another_version, same_version),
+        another_version(bridges_client, worker, "tensorflow", "1.0.0"),
         pytest.raises(PlacementError, match=rf"tensorflow is 1\.0\.0 on worker {worker} and \d+\.\d+\S* on the client"),
     ):
         start(ps=1, worker=2)

@@ -15,7 +15,7 @@ from typing import Any
 
 __all__ = ["look", "versions"]
 
-#: Versions by package, and by when the folders of `sys.path` were changed.
+#: Versions by process and package, and by when the folders of `sys.path` were changed.
 _found: dict[tuple[Any, ...], str] = {}
 
 
@@ -39,7 +39,8 @@ def _installed(package: str) -> str:
     """The version of a package that may not be imported here."""
     if importlib.util.find_spec(package) is None:
         raise ModuleNotFoundError(f"No module named {package!r}", name=package)
-    asked = (package, *(os.stat(folder).st_mtime_ns for folder in sys.path if os.path.isdir(folder)))
+    # By process: this module is sent by value, with what was found where it comes from.
+    asked = (os.getpid(), package, *(os.stat(folder).st_mtime_ns for folder in sys.path if os.path.isdir(folder)))
     if asked not in _found:  # it takes most of a second
         builds = importlib.metadata.packages_distributions().get(package, [])
         _found[asked] = importlib.metadata.version(sorted(builds)[0]) if builds else ""
