@@ -1,0 +1,50 @@
+"""Dask workers with devices that are not there, and who holds them."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import dask.config
+import pytest
+from distributed import Client, LocalCluster
+
+from dask_bridges.devices import devices_here, leases_here
+from dask_bridges.testing import wait_until_free
+
+
+@contextlib.contextmanager
+def cluster_with_devices(folder: Path, **options: Any) -> Iterator[LocalCluster]:
+    """Two Dask workers of one host, each of which declares a device; leases are in a folder of their own.
+
+    Other sessions on this machine would have the same devices.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+        patch.setenv("DASK_DASK_BRIDGES__DEVICE_FOLDER", str(folder / "leases"))
+        with LocalCluster(
+            n_workers=2, threads_per_worker=1, dashboard_address=":0", **{"resources": {"GPU": 1}, **options}
+        ) as cluster:
+            yield cluster
+
+
+@contextlib.contextmanager
+def client_of(cluster: LocalCluster) -> Iterator[Client]:
+    """A client; afterwards nothing of a gang is left, and no lease."""
+    with dask.config.set({"dask-bridges.timeout": "60s"}), Client(cluster, set_as_default=False) as client:
+        client.wait_for_workers(2, timeout=60)
+        yield client
+        wait_until_free(client, timeout=10)
+        assert held(client) == {}
+
+
+def _rows_here() -> list[dict[str, Any]]:
+    return leases_here().status(devices_here(["0", "1"], {}))
+
+
+def held(client: Client) -> dict[str, str]:
+    """The holders of those of the devices "0" and "1" that are not free, as any Dask worker sees them."""
+    (rows, *_) = client.run(_rows_here).values()
+    return {row["device"]: row["holder"] for row in rows if row["state"] != "free"}
