@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -48,3 +50,20 @@ def hold(flags: Flags, name: str, go: str = "go") -> str:
 
 def add(*numbers: Any, plus: Any = 0) -> Any:
     return sum(numbers) + plus
+
+
+@contextlib.contextmanager
+def claimed(flags: Flags) -> Iterator[str]:
+    """What this process sees as its devices; an error if another that claims has one of them now."""
+    devices = os.environ["CUDA_VISIBLE_DEVICES"]
+    with contextlib.ExitStack() as stack:
+        for device in devices.split(","):
+            claim = flags.folder / f"claim-{device}"
+            claim.mkdir()
+            stack.callback(claim.rmdir)
+        yield devices
+
+
+def claim(flags: Flags, _: Any = None) -> str:
+    with claimed(flags) as devices:
+        return devices
