@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,23 +12,31 @@ import dask.config
 import pytest
 from distributed import Client, LocalCluster
 
-from dask_bridges.devices import devices_here, leases_here
+from dask_bridges.devices import Device, Usage, devices_here, leases_here
 from dask_bridges.testing import wait_until_free
 
 
 @contextlib.contextmanager
-def cluster_with_devices(folder: Path, **options: Any) -> Iterator[LocalCluster]:
+def cluster_with_devices(folder: Path, probe: str = "", **options: Any) -> Iterator[LocalCluster]:
     """Two Dask workers of one host, each of which declares a device; leases are in a folder of their own.
 
-    Other sessions on this machine would have the same devices.
+    Other sessions on this machine would have the same devices. `probe` is a function of this module that says what
+    is used of them.
     """
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
         patch.setenv("DASK_DASK_BRIDGES__DEVICE_FOLDER", str(folder / "leases"))
+        if probe:
+            patch.setenv("DASK_DASK_BRIDGES__DEVICE_PROBE", f"{__name__}:{probe}")
         with LocalCluster(
             n_workers=2, threads_per_worker=1, dashboard_address=":0", **{"resources": {"GPU": 1}, **options}
         ) as cluster:
             yield cluster
+
+
+def used_by_who_asks(device: Device) -> Usage:
+    """As where a Dask worker has worked on a device in its own process."""
+    return Usage(2**30, ((os.getpid(), 2**30),))
 
 
 @contextlib.contextmanager

@@ -8,6 +8,7 @@ from typing import Any
 
 import xgboost as xgb
 
+from dask_bridges.devices.members import Wanted, leased_together
 from dask_bridges.task import WorkerMember
 from dask_xgboost.communicator import capture_log, communicator
 from dask_xgboost.dmatrix import MatrixSpec
@@ -37,11 +38,12 @@ class Loop:
 
 @dataclass(frozen=True)
 class TrainSpec:
-    """What one rank is told. An evaluation set of None is the training set itself."""
+    """What one rank is told. An evaluation set of None is the training set itself; `devices` is its worker's GPU."""
 
     loop: Loop
     train: MatrixSpec
     evals: tuple[tuple[MatrixSpec | None, str], ...]
+    devices: Wanted | None = None
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,11 @@ def train_rank(member: WorkerMember, spec: TrainSpec) -> TrainResult | None:
     communicator is thread-local.
     """
     loop = spec.loop
-    with capture_log(member), communicator(member, loop.tracker_host, loop.tracker_port):
+    with (
+        leased_together(member, spec.devices),
+        capture_log(member),
+        communicator(member, loop.tracker_host, loop.tracker_port),
+    ):
         matrix, evals = _matrices(member, spec)
         with member.span("compute"):
             booster, history = _boost(member, loop, matrix, evals)
