@@ -21,13 +21,14 @@ def cluster_with_devices(folder: Path, probe: str = "", **options: Any) -> Itera
     """Two Dask workers of one host, each of which declares a device; leases are in a folder of their own.
 
     Other sessions on this machine would have the same devices. `probe` is a function of this module that says what
-    is used of them.
+    is used of them. Workers have the configuration of who starts them.
     """
-    with pytest.MonkeyPatch.context() as patch:
+    settings = {"device-folder": str(folder / "leases"), "device-probe": f"{__name__}:{probe}" if probe else None}
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        dask.config.set({f"dask-bridges.{name}": value for name, value in settings.items()}),
+    ):
         patch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-        patch.setenv("DASK_DASK_BRIDGES__DEVICE_FOLDER", str(folder / "leases"))
-        if probe:
-            patch.setenv("DASK_DASK_BRIDGES__DEVICE_PROBE", f"{__name__}:{probe}")
         with LocalCluster(
             n_workers=2, threads_per_worker=1, dashboard_address=":0", **{"resources": {"GPU": 1}, **options}
         ) as cluster:
