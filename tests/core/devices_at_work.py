@@ -15,6 +15,8 @@ from distributed import Client, LocalCluster
 from dask_bridges.devices import Device, Usage, devices_here, leases_here
 from dask_bridges.testing import wait_until_free
 
+unseen = 0
+
 
 @contextlib.contextmanager
 def cluster_with_devices(folder: Path, probe: str = "", **options: Any) -> Iterator[LocalCluster]:
@@ -36,8 +38,14 @@ def cluster_with_devices(folder: Path, probe: str = "", **options: Any) -> Itera
 
 
 def used_by_who_asks(device: Device) -> Usage:
-    """As where a Dask worker has worked on a device in its own process."""
-    return Usage(2**30, ((os.getpid(), 2**30),))
+    """As where a Dask worker has worked on a device in its own process; it is not seen to use all of that memory."""
+    return Usage(2**30 + unseen, ((os.getpid(), 2**30),))
+
+
+def use_unseen(memory: int) -> None:
+    """Have this process use more memory of its devices, which cannot be seen to be its own."""
+    global unseen
+    unseen = memory
 
 
 @contextlib.contextmanager
@@ -48,6 +56,22 @@ def client_of(cluster: LocalCluster) -> Iterator[Client]:
         yield client
         wait_until_free(client, timeout=10)
         assert held(client) == {}
+
+
+def _see(visible: str | None) -> None:
+    os.environ.pop("CUDA_VISIBLE_DEVICES", None)
+    if visible is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = visible
+
+
+def workers_of(client: Client) -> list[str]:
+    return sorted(client.scheduler_info(n_workers=-1)["workers"])
+
+
+def see(client: Client, *visible: str | None) -> None:
+    """Set what each worker sees; None for no word of it."""
+    for worker, its in zip(workers_of(client), visible):
+        client.run(_see, its, workers=[worker])
 
 
 def _rows_here() -> list[dict[str, Any]]:

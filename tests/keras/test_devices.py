@@ -17,7 +17,7 @@ import numpy as np
 import psutil
 import pytest
 from distributed import Client, LocalCluster
-from tests.core.devices_at_work import client_of, cluster_with_devices, held
+from tests.core.devices_at_work import client_of, cluster_with_devices, held, see, workers_of
 from tests.core.jobs_at_work import Flags, claim, claimed, hold
 
 from dask_bridges import DataError, PlacementError
@@ -132,6 +132,17 @@ def test_each_rank_sees_a_device_of_its_own_which_is_free_afterwards(client: Cli
 def test_one_rank_has_both_and_the_other_worker_takes_no_part(client: Client, flags: Flags) -> None:
     fit(client, made(tell, flags), gpus_per_member=2)
     assert seen(flags) == ["0,1"]
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_of_workers_that_see_the_same_device_either_can_be_named(client: Client, flags: Flags, number: int) -> None:
+    see(client, "5", "5")
+    try:
+        fit(client, made(tell, flags), gpus_per_member=1, workers=workers_of(client)[number])
+        fit(client, made(tell, flags), gpus_per_member=1)
+    finally:
+        see(client, None, None)
+    assert seen(flags) == ["5"]
 
 
 def test_without_asking_a_rank_sees_what_its_worker_sees(client: Client, flags: Flags) -> None:

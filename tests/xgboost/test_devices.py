@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 import xgboost as xgb
 from distributed import Client, LocalCluster
-from tests.core.devices_at_work import client_of, cluster_with_devices, held
+from tests.core import devices_at_work
+from tests.core.devices_at_work import client_of, cluster_with_devices, held, see, workers_of
 from tests.core.jobs_at_work import Flags, claim, hold
 
 import dask_xgboost
@@ -56,22 +57,6 @@ def cuda(client: Client) -> Client:
 @pytest.fixture
 def flags(tmp_path: Path) -> Flags:
     return Flags(tmp_path)
-
-
-def _see(visible: str | None) -> None:
-    os.environ.pop("CUDA_VISIBLE_DEVICES", None)
-    if visible is not None:
-        os.environ["CUDA_VISIBLE_DEVICES"] = visible
-
-
-def workers_of(client: Client) -> list[str]:
-    return sorted(client.scheduler_info(n_workers=-1)["workers"])
-
-
-def see(client: Client, *visible: str | None) -> None:
-    """Set what each worker sees; None for no word of it."""
-    for worker, its in zip(workers_of(client), visible):
-        client.run(_see, its, workers=[worker])
 
 
 class Waits(xgb.callback.TrainingCallback):  # type: ignore[misc]
@@ -155,6 +140,20 @@ def test_one_of_those_that_have_the_same_device_can_be_named(client: Client, fla
 def test_a_device_is_not_chosen_by_its_number(client: Client, device: str) -> None:
     with pytest.raises(ValueError, match=f"device='{device}': each worker trains on the one GPU that it owns"):
         train(client, params={"device": device})
+
+
+class UsesMemory(xgb.callback.TrainingCallback):  # type: ignore[misc]
+    def after_training(self, model: Any) -> Any:
+        devices_at_work.use_unseen(2**30)
+        return model
+
+
+def test_what_a_training_leaves_of_a_device_in_use_does_not_keep_the_next_one_waiting(cuda: Client) -> None:
+    try:
+        train(cuda, callbacks=[UsesMemory()])
+        assert train(cuda, timeout="3s").num_boosted_rounds() == 2
+    finally:
+        cuda.run(devices_at_work.use_unseen, 0)
 
 
 # Beside jobs

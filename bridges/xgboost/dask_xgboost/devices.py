@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from distributed import Client
 
 from dask_bridges import config
-from dask_bridges.devices import Device, devices_here
-from dask_bridges.devices.members import Wanted
+from dask_bridges.devices import Device, devices_here, leases_here
+from dask_bridges.devices.members import Wanted, leased_together
 from dask_bridges.errors import PlacementError
 from dask_bridges.placement import WorkerInfo
+from dask_bridges.task import WorkerMember
 
-__all__ = ["wants_gpus", "with_own_gpus"]
+__all__ = ["own_gpu", "wants_gpus", "with_own_gpus"]
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 
@@ -95,3 +97,14 @@ def _why_not(its: _Seen, others: Sequence[str]) -> str:
     if its.count:
         return f"sees {its.count} GPUs, and no {VISIBLE} names one of them as its own"
     return "sees none: neither NVML (is nvidia-ml-py installed there?) nor its CUDA_VISIBLE_DEVICES names one"
+
+
+@contextlib.contextmanager
+def own_gpu(member: WorkerMember, wanted: Wanted | None) -> Iterator[None]:
+    """Lease the GPU of a rank's worker, whose process keeps some of its memory afterwards."""
+    with leased_together(member, wanted) as lease:
+        try:
+            yield
+        finally:
+            if lease is not None:
+                leases_here().leave_in_use(lease)
