@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -68,3 +69,20 @@ def wait_until(true: Callable[[], Any], timeout: float, what: str) -> None:
     while not true():
         assert time.monotonic() < deadline, what
         time.sleep(0.01)
+
+
+@contextlib.contextmanager
+def claimed(flags: Flags) -> Iterator[str]:
+    """What this process sees as its devices; an error if another that claims has one of them now."""
+    devices = os.environ["CUDA_VISIBLE_DEVICES"]
+    with contextlib.ExitStack() as stack:
+        for device in devices.split(","):
+            claim = flags.folder / f"claim-{device}"
+            claim.mkdir()
+            stack.callback(claim.rmdir)
+        yield devices
+
+
+def claim(flags: Flags, _: Any = None) -> str:
+    with claimed(flags) as devices:
+        return devices

@@ -284,6 +284,15 @@ def test_what_dasks_own_workers_use_is_not_waited_for(probed: Leases, machine: M
     assert not refused(probed, TWO[:1], 1)
 
 
+def test_what_this_process_leaves_in_use_is_not_waited_for(probed: Leases, machine: Machine) -> None:
+    with only(probed) as lease:
+        machine.usage = Usage(2**30)
+        probed.leave_in_use(lease)
+    assert not refused(probed, TWO[:1], 1)
+    machine.usage = Usage(2 * 2**30)
+    assert refused(probed, TWO[:1], 1)
+
+
 def test_a_device_has_time_to_settle_before_people_are_told(
     probed: Leases, machine: Machine, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -137,7 +137,6 @@ def test_too_few_dask_workers_are_told_with_the_arithmetic_unless_tasks_may_shar
         ({"gardener": True}, TypeError, "gardener=True"),
         ({"ps": -1}, ValueError, "ps=-1: .* cannot be negative"),
         ({"ps": 0, "worker": 0}, ValueError, "no task at all.*ps=0, worker=0"),
-        ({"worker": 1, "gpus": {"worker": 1}}, NotImplementedError, "not there yet"),
         ({"worker": 1, "threads": 0}, ValueError, "threads=0"),
         ({"worker": 1, "ports": "9010:9000"}, ValueError, "ports='9010:9000': pass a port, or a range"),
     ],

@@ -11,6 +11,7 @@ from distributed import Client
 
 from dask_bridges import clients, config, placement
 from dask_bridges.checkpoints import Checkpoints
+from dask_bridges.devices import members
 from dask_bridges.errors import DataError
 from dask_bridges.ui.progress import ProgressBar, wants_bar
 from dask_keras import checks
@@ -45,6 +46,7 @@ def fit(
     checkpoint_every: int | None = None,
     checkpoint_seconds: float | None = None,
     workers: int | str | Sequence[str] | None = None,
+    gpus_per_member: int | None = None,
     verbose: str | int = "auto",
     exclusive: bool = True,
     timeout: float | str | None = None,
@@ -99,12 +101,16 @@ def fit(
         Seconds between two.
     workers : int, str or sequence of str, optional
         How many to use, or which: addresses or names. By default all.
+    gpus_per_member : int, optional
+        GPUs that each rank has for itself while it trains, and sees no others: of its host, leased as a
+        `dask_bridges.jobs.DevicePool` leases them. Workers that cannot have so many take no part. By default
+        a rank sees what its worker sees.
     verbose : "auto", 0, 1 or 2
         A progress bar (1; "auto" where a person looks on), or a line an epoch (2).
     exclusive : bool, default True
         Hold the workers alone: other trainings wait their turn.
     timeout : float or str, optional
-        Longest wait for workers and for the turn (``dask-bridges.timeout``).
+        Longest wait for workers, for the turn, and for GPUs (``dask-bridges.timeout``).
     allow_plaintext : bool, optional
         On a ``tls://`` cluster, consent to gradients being sent in plain TCP.
 
@@ -117,7 +123,8 @@ def fit(
     DataError
         If the model cannot be trained on this data.
     PlacementError
-        If workers are missing, or lack Keras in the client's version.
+        If workers are missing, or lack Keras in the client's version, or if there are too few GPUs, or others
+        hold them for too long.
     GangTimeout
         If the workers were not free in time.
     MemberFailed
@@ -146,6 +153,8 @@ def fit(
         )
     if class_weight and sample_weight is not None:
         raise DataError("class_weight and sample_weight cannot be given at the same time, as in Keras")
+    if gpus_per_member is not None:
+        members.check_count(gpus_per_member, "gpus_per_member")
     if strategy not in ("sync", "ps"):
         raise DataError(f"strategy={strategy!r}: there are 'sync' and 'ps'")
     validation = None if validation_data is None else checks.unpacked(validation_data)
@@ -163,6 +172,11 @@ def fit(
         on_servers.check()
         if checkpoint_every is not None:
             raise DataError("checkpoint_every counts the batches of strategy='sync': give checkpoint_seconds")
+        if gpus_per_member is not None:
+            raise DataError(
+                "gpus_per_member is for strategy='sync': for parameter servers start the cluster yourself, "
+                f"dask_tf.start_tensorflow(..., gpus={{'worker': {gpus_per_member}}}), and train by dask_tf.fit"
+            )
         return on_servers.run()
     callbacks = checks.listed(callbacks)
     training = Supervised(
@@ -171,6 +185,7 @@ def fit(
         callbacks=callbacks,
         sets=[Given.of("train", model, "", X, y, sample_weight)],
         workers=workers,
+        gpus=gpus_per_member,
         options={"exclusive": exclusive, "timeout": timeout},
         fit={
             "callbacks": checks.pickled_callbacks(callbacks),

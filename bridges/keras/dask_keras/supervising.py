@@ -6,7 +6,7 @@ import asyncio
 import dataclasses
 import logging
 import pickle
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +15,7 @@ from distributed.protocol.pickle import dumps
 
 from dask_bridges import config, partitions, placement
 from dask_bridges.collective import is_collective_error
+from dask_bridges.devices.members import Wanted, with_devices
 from dask_bridges.errors import DataError, MemberLost, PlacementError
 from dask_bridges.events import Event, Log, Metrics
 from dask_bridges.gang import Gang, GangPlan
@@ -76,6 +77,8 @@ class Supervised:
     sets : sequence of Given
         To train on and, if there is a second one, to validate with.
     workers : int, str, sequence of str, or None
+    gpus : int or None
+        Of each rank.
     options : dict
         For `GangPlan`.
     fit : dict
@@ -92,6 +95,7 @@ class Supervised:
     callbacks: Sequence[Any]
     sets: Sequence[Given]
     workers: int | str | Sequence[str] | None
+    gpus: int | None
     options: dict[str, Any]
     fit: dict[str, Any]
     keeping: Keeping | None
@@ -99,6 +103,7 @@ class Supervised:
     reproducible: bool
     prepared: Sequence[Prepared] = ()
     _names: list[str] = field(default_factory=list)  # of the workers of the first attempt
+    _devices: Mapping[str, Wanted] = field(default_factory=dict)  # by the workers' addresses
 
     def prepare(self) -> None:
         """Align the collections, in the caller's thread."""
@@ -147,8 +152,13 @@ class Supervised:
             LABEL,
             host_rank,
             [
-                Rank(work, {name: by_rank[rank] for name, by_rank in keys.items()}, environment)
-                for rank in range(len(ranks))
+                Rank(
+                    work,
+                    {name: by_rank[rank] for name, by_rank in keys.items()},
+                    environment,
+                    None if self.gpus is None else self._devices[worker],
+                )
+                for rank, worker in enumerate(ranks)
             ],
             ranks,
             collateral=is_collective_error,
@@ -166,13 +176,16 @@ class Supervised:
 
     # Places
 
+    @property
+    def _named(self) -> bool:
+        return isinstance(self.workers, str | Sequence)
+
     async def _placed(self, step: int | None) -> list[Partitions]:
         """The partitions of all sets, on the workers that are to train."""
         client, first = self.client, not self._names
         places = await self._places()
-        named = isinstance(self.workers, str | Sequence)
         training, *others = await partitions.load_all(
-            client, [(prepared, encoding.look) for prepared in self.prepared], workers=places if named else None
+            client, [(prepared, encoding.look) for prepared in self.prepared], workers=places if self._named else None
         )
         rows = sum(training.rows)
         if not rows:
@@ -210,19 +223,47 @@ class Supervised:
         named = None if isinstance(self.workers, int) else self.workers
         if self._names:
             return [worker.address for worker in await self._back()]
-        chosen = await placement.usable_workers(self.client, named, timeout)
+        usable = await placement.usable_workers(self.client, named, timeout)
+        chosen = await self._with_devices(usable)
+        if named is not None and len(chosen) < len(usable):
+            left = ", ".join(worker.address for worker in usable if worker not in chosen)
+            raise PlacementError(
+                f"gpus_per_member={self.gpus}: there are too few devices for all of the workers named, and none for "
+                f"{left}"
+            )
         if isinstance(self.workers, int):
             if not 1 <= self.workers <= len(chosen):
                 there = ", ".join(worker.address for worker in chosen)
-                raise PlacementError(f"workers={self.workers}, and the cluster has {len(chosen)} to use: {there}")
+                having = f" with {self.gpus} GPUs for each" if self.gpus else ""
+                raise PlacementError(
+                    f"workers={self.workers}, and the cluster has {len(chosen)} to use{having}: {there}"
+                )
             chosen = chosen[: self.workers]
         self._names = [worker.name for worker in chosen]
         return [worker.address for worker in chosen]
 
+    async def _with_devices(self, workers: Sequence[WorkerInfo]) -> list[WorkerInfo]:
+        """Those of some workers whose ranks can have the devices that they need."""
+        if self.gpus is None:
+            return list(workers)
+        fit, self._devices = await with_devices(self.client, workers, self.gpus, LABEL, self.options["timeout"])
+        return fit
+
+    async def _there(self) -> list[WorkerInfo]:
+        """The workers that a rank could be on now, if any."""
+        there = await placement.usable_workers(self.client)
+        if self._named:
+            there = [worker for worker in there if worker.name in self._names]
+        try:
+            return await self._with_devices(there)
+        except (PlacementError, OSError) as error:  # one that has devices is lost, or is being lost
+            logger.info("no worker has devices now: %s", error)
+            return []
+
     async def _still_there(self, places: list[str], *, any_will_do: bool) -> list[str]:
         """Those of the places that have not left while the data were computed, elsewhere where they had to be."""
-        there = await placement.usable_workers(self.client)
-        if any_will_do:  # an adaptive cluster's come and go until they have data
+        there = await self._there()
+        if any_will_do and there:  # an adaptive cluster's come and go until they have data
             self._names = [worker.name for worker in there]
             return [worker.address for worker in there]
         addresses = {worker.address for worker in there}
@@ -237,17 +278,17 @@ class Supervised:
         try:
             async with asyncio.timeout(wait):
                 while True:
-                    there = await placement.usable_workers(self.client)
+                    there = await self._there()
                     by_name = {worker.name: worker for worker in there}
                     if all(name in by_name for name in self._names):
                         return [by_name[name] for name in self._names]
-                    if not isinstance(self.workers, str | Sequence) and len(there) >= len(self._names):
+                    if not self._named and len(there) >= len(self._names):
                         return there[: len(self._names)]
                     await asyncio.sleep(0.1)
         except TimeoutError:
-            there = await placement.usable_workers(self.client)
+            there = await self._there()
             left = [worker for worker in there if worker.name in self._names]
-            others = [] if isinstance(self.workers, str | Sequence) else [w for w in there if w not in left]
+            others = [] if self._named else [w for w in there if w not in left]
             found = (left + others)[: len(self._names)]
             if not found:
                 raise PlacementError(f"none of the workers {self._names} is left, and none came back") from None

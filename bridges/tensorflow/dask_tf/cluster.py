@@ -45,7 +45,7 @@ def start_tensorflow(
     scorer: int | None = None,
     workers: str | Sequence[str] | None = None,
     resources: Mapping[str, float] | None = None,
-    gpus: Mapping[str, int] | None = None,
+    gpus: int | Mapping[str, int] | None = None,
     host: str | Mapping[str, str] | None = None,
     ports: int | str | tuple[int, int] | Mapping[str, Any] = 0,
     threads: int | Mapping[str, int] | None = None,
@@ -73,8 +73,10 @@ def start_tensorflow(
         Addresses or names of the Dask workers to use.
     resources : mapping, optional
         Dask resources that a worker must have to be used.
-    gpus : mapping, optional
-        Not there yet.
+    gpus : int or mapping, optional
+        How many GPUs each task of a role has for itself, ``{"worker": 1}``, or of all that were asked for. They
+        are of its host, and leased as a `dask_bridges.jobs.DevicePool` leases them, until the cluster ends. Other
+        tasks then see none. By default each task sees what its Dask worker sees.
     host : str or mapping, optional
         What to advertise in place of the Dask workers' own host, for all or by role.
     ports : int, str, tuple or mapping, optional
@@ -89,7 +91,7 @@ def start_tensorflow(
     environment : mapping, optional
         Environment variables for the tasks, such as ``{"TF_CPP_MIN_LOG_LEVEL": "0"}``.
     timeout : float or str, optional
-        Longest wait for Dask workers (``dask-bridges.timeout``).
+        Longest wait for Dask workers, and for GPUs (``dask-bridges.timeout``).
     allow_plaintext : bool, optional
         Whether a ``tls://`` cluster may do this: TensorFlow's traffic is not encrypted.
 
@@ -102,13 +104,14 @@ def start_tensorflow(
     Raises
     ------
     PlacementError
-        If there are too few Dask workers or free ports, or if one lacks TensorFlow.
+        If there are too few Dask workers, free ports or GPUs, if others hold the GPUs for too long, or if a
+        Dask worker lacks TensorFlow.
     MemberLost
         If a task's process dies while it starts; its last lines are in the message.
     GangTimeout
         If some task is not there in time (``dask-bridges.start-timeout``).
     NotImplementedError
-        With `gpus`, and where Dask workers do not run on Linux.
+        Where Dask workers do not run on Linux.
 
     Examples
     --------
@@ -209,7 +212,8 @@ class TensorFlowCluster:
 
     async def _until_up(self) -> None:
         """Wait until all tasks are up, or one has failed."""
-        limit = self._gang.deadlines.start_timeout
+        devices = [spec.devices for spec in self._gang.plan.payloads]
+        limit = self._gang.deadlines.start_timeout + max(wanted.timeout if wanted else 0.0 for wanted in devices)
         try:
             async with asyncio.timeout(limit):
                 while len(self._up) < len(self.tasks):

@@ -1,7 +1,7 @@
 """A task of a TensorFlow cluster, as its Dask worker hosts it.
 
-`host_task` is the member's function: it holds the task's port and the folder of
-its partitions for as long as the task lives, and starts the task's process again
+`host_task` is the member's function: it holds the task's port, its devices and the
+folder of its partitions for as long as the task lives, and starts the task's process again
 where that is lost and the others go on without it.
 """
 
@@ -16,6 +16,7 @@ from typing import Any
 
 from distributed import secede
 
+from dask_bridges.devices.members import leased
 from dask_bridges.errors import MemberLost, MemberStopped
 from dask_bridges.partitions import Part, take
 from dask_bridges.ports import held_port
@@ -78,14 +79,14 @@ class Hosted:
         """The task it hosts."""
         return self.spec.tasks[self.member.rank]
 
-    def run(self, work: Callable[[], RoleWork], descriptors: dict[int, int]) -> None:
+    def run(self, work: Callable[[], RoleWork], descriptors: Mapping[int, int], variables: Mapping[str, str]) -> None:
         """Run the task's process, again where it is lost, until it is to stop."""
         try:
             while True:
                 started = time.monotonic()
                 self._starts += 1
                 try:
-                    with Child(self.member, self.spec.environment, descriptors) as child:
+                    with Child(self.member, self.spec.environment, descriptors, variables=variables) as child:
                         threading.Thread(target=self._announce, args=(child, started), daemon=True).start()
                         child.run(serving.serve, work())
                 except MemberLost as lost:
@@ -212,11 +213,16 @@ def host_task(member: WorkerMember, spec: RoleSpec) -> None:
         def work() -> RoleWork:
             return RoleWork(member.gang, task, by_role, spec.serves, threads, dict(hosted.feeds))
 
-        with _known(hosted), contextlib.suppress(MemberStopped):  # which is how a task ends well
+        with (
+            _known(hosted),
+            contextlib.suppress(MemberStopped),  # which is how a task ends well
+            leased(member, spec.devices) as lease,
+        ):
             if member.incarnation:
                 member.emit(RoleEmpty, worker=member.worker.address)
                 hosted.wait_for_feeds()
-            hosted.run(work, {SPOOL_FD: descriptor})
+            locks, variables = (lease.descriptors, lease.variables) if lease else ({}, spec.variables)
+            hosted.run(work, {SPOOL_FD: descriptor, **locks}, variables)
 
 
 @contextlib.contextmanager

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from dask_bridges.devices.members import Wanted
 from dask_bridges.errors import PlacementError
 from dask_bridges.processes import Environment
 
@@ -106,6 +107,10 @@ class RoleSpec:
         Whether the others go on without it while it is started again.
     environment : Environment
         What its process finds imported.
+    devices : Wanted or None
+        Which the task leases as long as it lives; its process sees these and no others.
+    variables : mapping of str to str
+        Of its process, where it leases none.
     """
 
     tasks: tuple[Task, ...]
@@ -115,6 +120,8 @@ class RoleSpec:
     ports: range
     replaceable: bool
     environment: Environment
+    devices: Wanted | None = None
+    variables: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

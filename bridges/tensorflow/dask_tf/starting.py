@@ -13,11 +13,13 @@ from typing import Any
 from distributed import Client
 
 from dask_bridges import placement
+from dask_bridges.devices.members import Wanted
 from dask_bridges.errors import PlacementError
 from dask_bridges.gang import GangPlan
 from dask_bridges.placement import WorkerInfo
 from dask_bridges.ports import port_range
 from dask_bridges.processes import Environment
+from dask_tf.devices import HIDDEN, check_gpus, place_with_gpus
 from dask_tf.hosting import host_task
 from dask_tf.roles import ESSENTIAL, RoleSpec, Task, assign, parse_roles, per_role
 
@@ -37,7 +39,7 @@ class Start:
     counts: Mapping[str, Any]
     workers: str | Sequence[str] | None = None
     resources: Mapping[str, Any] | None = None
-    gpus: Mapping[str, Any] | None = None
+    gpus: int | Mapping[str, int] | None = None
     host: str | Mapping[str, str] | None = None
     ports: Any = 0
     threads: Any = None
@@ -51,12 +53,8 @@ class Start:
         """Refuse what can be seen to be wrong without a cluster."""
         if sys.platform == "win32":
             raise NotImplementedError("TensorFlow clusters need Dask workers on Linux, and a client that is no Windows")
-        if self.gpus:
-            raise NotImplementedError(
-                f"gpus={dict(self.gpus)!r}: tasks that own GPUs are not there yet; choose the Dask workers by "
-                "workers= or resources=, and the devices by environment={'CUDA_VISIBLE_DEVICES': …}"
-            )
-        parse_roles(self.counts, 1)
+        roles = list(dict.fromkeys(task.role for task in parse_roles(self.counts, 1)))
+        check_gpus(self.gpus, roles, self.environment)
         for role in self.counts:
             port_range(per_role(self.ports, role, 0), "ports")
             threads = per_role(self.threads, role)
@@ -76,10 +74,16 @@ async def plan(client: Client, start: Start) -> tuple[tuple[Task, ...], GangPlan
     workers = await placement.usable_workers(client, start.workers)
     workers = _with_resources(workers, start.resources)
     tasks = parse_roles(start.counts, len(workers))
-    places = assign(tasks, [worker.address for worker in workers], start.share)
+    devices: list[Wanted | None] = [None] * len(tasks)
+    if start.gpus is None:
+        places = assign(tasks, [worker.address for worker in workers], start.share)
+    else:
+        places, devices = await place_with_gpus(
+            client, workers, tasks, start.gpus, share=start.share, timeout=start.timeout
+        )
     if {task.role for task in tasks} >= {"ps", "worker"} and Task("chief", 0) not in tasks:
         tasks = (*tasks, Task("chief", 0))  # the coordinator, which has little to do: it may share
-        places = [*places, places[0]]
+        places, devices = [*places, places[0]], [*devices, None]
     await placement.check_packages(client, sorted(set(places)), ["dask_bridges"])
     await placement.check_packages(
         client, sorted(set(places)), ["tensorflow", "keras"], ': pip install "dask-bridges[tensorflow]"', imports=False
@@ -94,8 +98,10 @@ async def plan(client: Client, start: Start) -> tuple[tuple[Task, ...], GangPlan
             ports=port_range(per_role(start.ports, task.role, 0), "ports"),
             replaceable=task.role not in ESSENTIAL,
             environment=environment,
+            devices=wanted,
+            variables={} if start.gpus is None else HIDDEN,
         )
-        for task in tasks
+        for task, wanted in zip(tasks, devices)
     ]
     return tasks, GangPlan(
         LABEL,

@@ -8,8 +8,10 @@ from typing import Any
 
 import xgboost as xgb
 
+from dask_bridges.devices.members import Wanted
 from dask_bridges.task import WorkerMember
 from dask_xgboost.communicator import capture_log, communicator
+from dask_xgboost.devices import own_gpu
 from dask_xgboost.dmatrix import MatrixSpec
 from dask_xgboost.matrices import build
 from dask_xgboost.metrics import AREAS, GlobalMetrics
@@ -37,11 +39,12 @@ class Loop:
 
 @dataclass(frozen=True)
 class TrainSpec:
-    """What one rank is told. An evaluation set of None is the training set itself."""
+    """What one rank is told. An evaluation set of None is the training set itself; `devices` is its worker's GPU."""
 
     loop: Loop
     train: MatrixSpec
     evals: tuple[tuple[MatrixSpec | None, str], ...]
+    devices: Wanted | None = None
 
 
 @dataclass(frozen=True)
@@ -60,11 +63,19 @@ def train_rank(member: WorkerMember, spec: TrainSpec) -> TrainResult | None:
     communicator is thread-local.
     """
     loop = spec.loop
-    with capture_log(member), communicator(member, loop.tracker_host, loop.tracker_port):
-        matrix, evals = _matrices(member, spec)
-        with member.span("compute"):
-            booster, history = _boost(member, loop, matrix, evals)
+    with (
+        own_gpu(member, spec.devices),
+        capture_log(member),
+        communicator(member, loop.tracker_host, loop.tracker_port),
+    ):
+        booster, history = _trained(member, spec)
     return TrainResult(booster, history, loop.callbacks) if member.rank == 0 else None
+
+
+def _trained(member: WorkerMember, spec: TrainSpec) -> tuple[xgb.Booster, dict[str, Any]]:
+    matrix, evals = _matrices(member, spec)
+    with member.span("compute"):
+        return _boost(member, spec.loop, matrix, evals)
 
 
 def _matrices(member: WorkerMember, spec: TrainSpec) -> tuple[Any, list[tuple[Any, str]]]:

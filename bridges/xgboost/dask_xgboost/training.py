@@ -13,12 +13,14 @@ from dask.utils import format_bytes
 from distributed import Client
 
 from dask_bridges import clients, config, placement
+from dask_bridges.devices.members import Wanted
 from dask_bridges.errors import DataError
 from dask_bridges.gang import Gang, GangPlan
 from dask_bridges.ports import port_range
 from dask_bridges.ui.progress import ProgressBar, wants_bar
 from dask_xgboost import checks
 from dask_xgboost.communicator import is_collective_error
+from dask_xgboost.devices import wants_gpus, with_own_gpus
 from dask_xgboost.dmatrix import PACKAGES, DMatrix, MatrixOptions, _label, place, prepare
 from dask_xgboost.rank import Loop, TrainResult, TrainSpec, train_rank
 from dask_xgboost.report import RoundPrinter
@@ -76,7 +78,9 @@ def train(
     client : distributed.Client or None
         None for the current one. With an asynchronous client the result is awaitable.
     params : mapping
-        XGBoost's parameters. ``nthread`` is each worker's number of threads unless set.
+        XGBoost's parameters. ``nthread`` is each worker's number of threads unless set. With
+        ``device="cuda"`` each rank has the GPU that its worker owns for itself: the first of that worker's
+        ``CUDA_VISIBLE_DEVICES``, as dask-cuda starts them. Workers that own none take no part.
     X : dask dataframe, dask array, or DMatrix
         Shape (rows, features). See `DMatrix` for what it may hold.
     y : dask array, series, or str
@@ -114,7 +118,7 @@ def train(
     exclusive : bool, default True
         Hold the workers alone: other trainings wait their turn.
     timeout : float or str, optional
-        Longest wait for workers and for the turn (``dask-bridges.timeout``).
+        Longest wait for workers, for the turn, and for GPUs (``dask-bridges.timeout``).
     allow_plaintext : bool, optional
         On a ``tls://`` cluster, consent to XGBoost's own traffic being plain TCP.
     tracker_host, tracker_port : optional
@@ -131,7 +135,8 @@ def train(
     DataError
         If the data cannot be trained on; says which collection, partition, column.
     PlacementError
-        If workers are missing, paused, or lack XGBoost in the client's version.
+        If workers are missing, paused, or lack XGBoost in the client's version; with ``device="cuda"``, if
+        none owns a GPU, or others hold it for too long.
     GangTimeout
         If the workers were not free in time.
     MemberFailed
@@ -277,6 +282,8 @@ class _Training:
         self.workers = workers
         self.timeout = timeout
         self.exclusive = exclusive
+        self.gpus = wants_gpus(loop.params)
+        self.devices: dict[str, Wanted] = {}  # by the workers' addresses, where GPUs train
 
     @property
     def matrices(self) -> list[DMatrix]:
@@ -307,14 +314,13 @@ class _Training:
 
     async def _place(self) -> list[str]:
         """The workers by rank: those that hold rows of the training set; all data moved to them."""
-        timeout = config.seconds("timeout", self.timeout)
         matrices = self.matrices
-        await placement.usable_workers(self.client, self.workers, timeout)
-        await place(self.client, matrices, self.workers)
+        usable = await self._usable()
+        await place(self.client, matrices, [worker.address for worker in usable] if self.devices else self.workers)
         for matrix in matrices:
             if self.loop.obj is None:
                 checks.check_labels(matrix.role, self.loop.params, matrix.infos)
-        usable = await placement.usable_workers(self.client, self.workers, timeout)
+        usable = await self._usable()
         await self.matrix.parts.spread(self.client, [worker.address for worker in usable])
         ranks = self.matrix.parts.holding()
         await placement.check_packages(self.client, ranks, PACKAGES, remedy=' ("dask-bridges[xgboost]")')
@@ -322,6 +328,18 @@ class _Training:
             await matrix.place_like(ranks, everywhere=bool(self._categories()))
         self._warn(ranks, [worker for worker in usable if worker.address in ranks])
         return ranks
+
+    async def _usable(self) -> list[placement.WorkerInfo]:
+        """The workers that can train now: with GPUs, those that own one."""
+        workers = await placement.usable_workers(self.client, self.workers, config.seconds("timeout", self.timeout))
+        if not self.gpus:
+            return workers
+        addresses = [worker.address for worker in workers]
+        await placement.check_packages(self.client, addresses, PACKAGES, remedy=' ("dask-bridges[xgboost]")')
+        workers, self.devices = await with_own_gpus(
+            self.client, workers, named=self.workers is not None, timeout=self.timeout
+        )
+        return workers
 
     def _categories(self) -> dict[str, Any]:
         """Categories over the training and the evaluation sets, so that all are coded alike."""
@@ -345,6 +363,7 @@ class _Training:
                     (None if matrix is self.matrix else matrix.spec(worker, categories), name)
                     for matrix, name in self.evals
                 ),
+                self.devices[worker] if self.devices else None,
             )
             for worker in ranks
         ]

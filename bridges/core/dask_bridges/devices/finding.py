@@ -11,7 +11,7 @@ from distributed import Client, Worker
 
 from dask_bridges.devices.found import Device, devices_here
 from dask_bridges.errors import PlacementError
-from dask_bridges.placement import WorkerInfo
+from dask_bridges.placement import WorkerInfo, check_packages
 
 __all__ = ["Group", "find_groups"]
 
@@ -56,11 +56,12 @@ async def find_groups(
     Raises
     ------
     PlacementError
-        If a name in `named` is no worker and no host.
+        If a name in `named` is no worker and no host, or a worker lacks this package.
     """
     wanted = {str(who): [str(device) for device in devices] for who, devices in (named or {}).items()}
     names = _by_worker(workers, wanted) if named is not None else {}
     looked_at = [worker for worker in workers if named is None or worker.address in names]
+    await check_packages(client, [worker.address for worker in looked_at], ["dask_bridges"])
     found = await client.run(look_here, names, workers=[worker.address for worker in looked_at])
     groups: dict[str, Group] = {}
     for worker in looked_at:

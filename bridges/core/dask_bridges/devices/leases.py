@@ -197,6 +197,15 @@ class Leases:
                 self._requests.remove(request)
                 self._changed.notify_all()
 
+    def leave_in_use(self, lease: Lease) -> None:
+        """What is used of its devices now stays in use, by this process itself, and nobody here waits for it.
+
+        For one that has worked on them in this process, which containers may not see among those of a device.
+        """
+        with self._changed:
+            for device in lease.devices:
+                self._slots[device.key].baseline = _unseen(self._probe(device))
+
     def wake(self) -> None:
         """Have those who wait look whether they still do."""
         with self._changed:
@@ -272,7 +281,7 @@ class Leases:
         ours = sum(memory for pid, memory in usage.processes if pid in self.ignored)
         others = [(pid, memory) for pid, memory in usage.processes if pid not in self.ignored]
         if slot.baseline is None:
-            slot.baseline = usage.memory - sum(memory for _, memory in usage.processes)
+            slot.baseline = _unseen(usage)
         above = usage.memory - ours - slot.baseline
         tolerance = parse_bytes(config.get("device-memory-tolerance"))
         if not others and above <= tolerance:
@@ -331,6 +340,11 @@ def leases_here() -> Leases:
     base = MEMORY if MEMORY.is_dir() and os.access(MEMORY, os.W_OK) else Path(tempfile.gettempdir())
     path = Path(folder) if folder else base / f"dask-bridges-devices-{os.geteuid()}"
     return Leases(path, resolve_name(probe) if probe else None)
+
+
+def _unseen(usage: Usage) -> int:
+    """Bytes that are used by none of the processes that can be seen."""
+    return usage.memory - sum(memory for _, memory in usage.processes)
 
 
 def _usage(device: Device) -> Usage:

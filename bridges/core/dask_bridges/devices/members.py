@@ -17,7 +17,7 @@ from dask_bridges.errors import PlacementError
 from dask_bridges.placement import WorkerInfo
 from dask_bridges.task import WorkerMember
 
-__all__ = ["Wanted", "check_count", "leased", "with_devices"]
+__all__ = ["Wanted", "check_count", "leased", "leased_together", "what_there_is", "with_devices"]
 
 
 @dataclass(frozen=True)
@@ -29,12 +29,15 @@ class Wanted:
     count : int
     devices : tuple of Device
         Of its host, to choose from.
+    timeout : float
+        Longest wait for them, in seconds.
     ignored : frozenset of int
         Processes whose use of a device is nobody's work: those of Dask's workers.
     """
 
     count: int
     devices: tuple[Device, ...]
+    timeout: float
     ignored: frozenset[int] = frozenset()
 
 
@@ -51,29 +54,32 @@ def check_count(count: object, argument: str) -> None:
 
 
 async def with_devices(
-    client: Client, workers: Sequence[WorkerInfo], count: int, label: str
+    client: Client, workers: Sequence[WorkerInfo], count: int, label: str, timeout: float | str | None = None
 ) -> tuple[list[WorkerInfo], Mapping[str, Wanted]]:
     """Those of `workers` whose members can have `count` devices each, all at once, and what each of them wants.
+
+    `timeout` is the longest wait for them (``dask-bridges.timeout``).
 
     Raises
     ------
     PlacementError
         If there are none; it says what there is.
     """
-    groups = await find_groups(client, workers, None)
+    groups, limit = await find_groups(client, workers, None), config.seconds("timeout", timeout)
     wanted = {
-        address: Wanted(count, tuple(group.devices), frozenset(group.pids))
+        address: Wanted(count, tuple(group.devices), limit, frozenset(group.pids))
         for group in groups
         for address in group.workers[: len(group.devices) // count]
     }
     if not wanted:
         raise PlacementError(
-            f"{label} needs {count} devices for each member, all of one host, and {_there(groups, workers)}"
+            f"{label} needs {count} of the devices of one host for each member, and {what_there_is(groups, workers)}"
         )
     return [worker for worker in workers if worker.address in wanted], wanted
 
 
-def _there(groups: Sequence[Group], workers: Sequence[WorkerInfo]) -> str:
+def what_there_is(groups: Sequence[Group], workers: Sequence[WorkerInfo]) -> str:
+    """The devices that were found on some workers, for an error message."""
     if not groups:
         return (
             f"none of the {len(workers)} workers has one: neither NVML (is nvidia-ml-py installed there?), nor "
@@ -89,28 +95,50 @@ def leased(member: WorkerMember, wanted: Wanted | None) -> Iterator[Lease | None
     Raises
     ------
     PlacementError
-        If they do not become free in time (``dask-bridges.timeout``); it says who has them.
+        If they do not become free in time; it says who has them.
     """
     if wanted is None:
         yield None
         return
-    leases = leases_here()
+    leases, waiting = leases_here(), _Waiting(member, wanted)
     leases.ignored |= wanted.ignored
-    deadline = time.monotonic() + config.seconds("timeout")
-
-    def check() -> None:
-        member.check()
-        if time.monotonic() > deadline:
-            rows = leases.status(wanted.devices)
-            raise PlacementError(
-                f"{member.label}: {member.name} had no {wanted.count} of its {len(wanted.devices)} devices within "
-                f"{config.seconds('timeout'):g} s: "
-                + "; ".join(f"{row['device']} is {row['state']} {row['holder']}".strip() for row in rows)
-            )
-
     holder = Holder(f"{member.label} {member.name}", member.worker.address)
-    with member.span("wait"), contextlib.ExitStack() as stack:
-        lease = stack.enter_context(leases.lease(wanted.devices, wanted.count, holder, check))
-        kept = stack.pop_all()
-    with kept:
+    with contextlib.ExitStack() as stack:
+        with member.span("wait"):
+            lease = stack.enter_context(leases.lease(wanted.devices, wanted.count, holder, waiting.check))
         yield lease
+
+
+@contextlib.contextmanager
+def leased_together(member: WorkerMember, wanted: Wanted | None) -> Iterator[Lease | None]:
+    """`leased`, by every member of a gang: none goes on before all have theirs."""
+    with leased(member, wanted) as lease:
+        if wanted is not None:
+            member.exchange(timeout=wanted.timeout + member.spec.deadlines.start_timeout)
+        yield lease
+
+
+class _Waiting:
+    """The wait of a member: people are told for whom, and it has an end."""
+
+    def __init__(self, member: WorkerMember, wanted: Wanted) -> None:
+        self._member, self._wanted = member, wanted
+        self._start = time.monotonic()
+        self._notice = config.seconds("wait-notice")
+
+    def check(self) -> None:
+        """Raise where it is to end."""
+        self._member.check()
+        waited = time.monotonic() - self._start
+        if waited > self._wanted.timeout:
+            raise PlacementError(
+                f"{self._member.label}: {self._member.name} had no {self._wanted.count} of its "
+                f"{len(self._wanted.devices)} devices within {self._wanted.timeout:g} s: {self._who_has_them()}"
+            )
+        if waited > self._notice:
+            self._notice = float("inf")
+            self._member.log(f"waits for {self._wanted.count} of these devices: {self._who_has_them()}")
+
+    def _who_has_them(self) -> str:
+        rows = leases_here().status(self._wanted.devices)
+        return "; ".join(f"{row['device']} is {row['state']}: {row['holder']}".removesuffix(": ") for row in rows)
