@@ -145,10 +145,10 @@ class DevicePool:
     async def _look(self, first: bool = False) -> None:
         """Find the devices of workers that have come."""
         workers = await placement.usable_workers(self.client, self._workers, self._timeout)
-        if first or {worker.address for worker in workers} - self._seen:
-            self._seen = {worker.address for worker in workers}
-            await placement.check_packages(self.client, sorted(self._seen), ["dask_bridges"])
-            groups = await find_groups(self.client, workers, self._named)
+        there = {worker.address for worker in workers}
+        if first or there - self._seen:
+            await placement.check_packages(self.client, sorted(there), ["dask_bridges"])
+            groups = await find_groups(self.client, workers, self._named, strict=first)
             if not groups and first:
                 table = "\n  ".join(f"{worker.address}: resources {worker.resources or 'none'}" for worker in workers)
                 raise PlacementError(
@@ -158,11 +158,15 @@ class DevicePool:
                 )
             hosting_ones = sorted({address for group in groups for address in group.workers})
             await placement.check_packages(self.client, hosting_ones, list(self._setup.modules), imports=False)
+            for name in [name for name, host in self._hosts.items() if not host.offered]:
+                if not there.intersection(self._hosts[name].group.workers):  # they have come back as others
+                    await self._hosts.pop(name).close()
             for group in groups:
                 if group.name in self._hosts:
-                    self._hosts[group.name].update(group)
+                    await self._hosts[group.name].update(group)
                 else:
                     self._hosts[group.name] = _HostOf(self, group)
+            self._seen = there
 
     async def _until_offered(self) -> None:
         """Wait until the devices of all hosts are offered."""
@@ -402,8 +406,13 @@ class _HostOf:
         """Whether its devices are there."""
         return bool(self.worker)
 
-    def update(self, group: Group) -> None:
-        """Its workers have changed."""
+    async def update(self, group: Group) -> None:
+        """Its workers have changed, and maybe brought devices."""
+        known = {device.key for device in self.group.devices}
+        more = tuple(device for device in group.devices if device.key not in known)
+        if self.offered and more:
+            who = [self.worker]
+            await self.pool.client.run(hosting.extend_here, self.pool.id, more, frozenset(group.pids), workers=who)
         self.group = group
         self.pool._tell_change()
 
@@ -449,7 +458,7 @@ class _HostOf:
     async def close(self) -> None:
         """End it, with its jobs."""
         self._closing = True
-        if self._gang is not None:
+        if self._gang is not None and self.offered:
             with contextlib.suppress(OSError):  # without a scheduler it has ended
                 await turns.ask(self.pool.client, "settle", gang=self._gang.id, reason="the pool was closed")
                 await asyncio.wait({self._running}, timeout=self._gang.deadlines.child_stop_timeout)
