@@ -212,8 +212,8 @@ def child_pipe(fds: list[int]) -> Connection:
     for fd, number in zip(_descriptors(connection, len(numbers)), numbers):
         os.dup2(fd, number, inheritable=True)
         os.close(fd)
-    if "numpy" in sys.modules:  # Python's own generator sees to itself
-        sys.modules["numpy"].random.seed()
+    if "numpy.random" in sys.modules:  # Python's own generator sees to itself, and one imported later, too
+        sys.modules["numpy.random"].seed()
     return connection
 
 
