@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import random
+import resource
 import signal
 import subprocess
 import sys
@@ -18,7 +19,7 @@ import dask.config
 import numpy as np
 import psutil
 import pytest
-from distributed import Client, Future, LocalCluster, wait
+from distributed import Client, Future, LocalCluster, Worker, wait
 from tests.core.jobs_at_work import Flags, add, hold, where
 from tests.core.jobs_under_fire import Ending, held_twice, records, works
 
@@ -311,6 +312,24 @@ def test_jobs_that_hold_the_gil_leave_the_worker_alone(shared: Client) -> None:
             longest = max(longest, time.monotonic() - start)
         assert shared.gather(futures) == [1, 1]
     assert longest < 3.0
+
+
+def test_a_worker_with_many_descriptors_has_jobs_too(shared: Client) -> None:
+    def open_many(dask_worker: Worker) -> None:
+        _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(4096, hard), hard))
+        dask_worker.many = [os.open(os.devnull, os.O_RDONLY) for _ in range(1100)]
+
+    def close_many(dask_worker: Worker) -> None:
+        for fd in dask_worker.many:
+            os.close(fd)
+
+    shared.run(open_many)
+    try:
+        with DevicePool(shared, devices=TWO, preload=()) as pool:
+            assert shared.gather(pool.map(add, range(4))) == [0, 1, 2, 3]
+    finally:
+        shared.run(close_many)
 
 
 # Devices that are not free
