@@ -42,6 +42,8 @@ LABEL = "DevicePool"
 LOOK = 2.0
 #: How many of its events a pool keeps.
 KEPT = 10_000
+#: How many jobs are cancelled at once: that takes Dask's scheduler time that grows with the square of it.
+CANCELLED = 100
 
 
 class DevicePool:
@@ -209,7 +211,7 @@ class DevicePool:
             self._watching.cancel()
         unfinished = [future for future in list(self._futures) if not future.done()]
         if unfinished and self.client.status == "running":
-            await self.client.cancel(unfinished, asynchronous=True)
+            await self._cancel(unfinished)
         await asyncio.gather(*(host.close() for host in self._hosts.values()), return_exceptions=True)
 
     def __enter__(self) -> DevicePool:
@@ -359,7 +361,11 @@ class DevicePool:
     def cancel(self, futures: Future | Iterable[Future]) -> Any:
         """Cancel jobs: those that wait never run, those that run are ended, with what they have started."""
         listed = [futures] if isinstance(futures, Future) else list(futures)
-        return self.client.cancel(listed)
+        return clients.call(self.client, self._cancel, listed)
+
+    async def _cancel(self, futures: Sequence[Future]) -> None:
+        for start in range(0, len(futures), CANCELLED):
+            await self.client.cancel(futures[start : start + CANCELLED], asynchronous=True)
 
     def status(self) -> Any:
         """What the devices do now.
