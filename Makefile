@@ -33,6 +33,7 @@ bench: $(VENV)/.dev  ## the benchmarks, each beside its peer
 	$(BIN)/python benchmarks/detection.py
 	$(BIN)/python benchmarks/models_moving.py
 	$(BIN)/python benchmarks/spool.py
+	$(BIN)/python benchmarks/device_jobs.py
 	$(BIN)/python benchmarks/tf_feed.py
 	$(BIN)/python benchmarks/tf_cluster.py
 	$(BIN)/python benchmarks/keras_fit.py

@@ -49,9 +49,11 @@ def _named(devices: Sequence[Device], names: Sequence[str] | None) -> bool:
 
 
 async def find_groups(
-    client: Client, workers: Sequence[WorkerInfo], named: Mapping[str, Sequence[str]] | None
+    client: Client, workers: Sequence[WorkerInfo], named: Mapping[str, Sequence[str]] | None, *, strict: bool = True
 ) -> list[Group]:
     """The devices of `workers`, by host; those that the user `named` by worker, by worker.
+
+    A worker that is lost meanwhile has none.
 
     Raises
     ------
@@ -59,12 +61,15 @@ async def find_groups(
         If a name in `named` is no worker and no host, or a worker lacks this package.
     """
     wanted = {str(who): [str(device) for device in devices] for who, devices in (named or {}).items()}
-    names = _by_worker(workers, wanted) if named is not None else {}
+    names = _by_worker(workers, wanted, strict) if named is not None else {}
     looked_at = [worker for worker in workers if named is None or worker.address in names]
-    await check_packages(client, [worker.address for worker in looked_at], ["dask_bridges"])
-    found = await client.run(look_here, names, workers=[worker.address for worker in looked_at])
+    asked = [worker.address for worker in looked_at]
+    await check_packages(client, asked, ["dask_bridges"])
+    found = await client.run(look_here, names, workers=asked, on_error="ignore")
     groups: dict[str, Group] = {}
     for worker in looked_at:
+        if worker.address not in found:
+            continue
         alone = worker.name in wanted or worker.address in wanted
         group = groups.setdefault(worker.address if alone else worker.host, Group(worker.host))
         if alone:
@@ -81,9 +86,10 @@ async def find_groups(
     return [group for group in groups.values() if group.devices]
 
 
-def _by_worker(workers: Sequence[WorkerInfo], wanted: Mapping[str, list[str]]) -> dict[str, list[str]]:
+def _by_worker(workers: Sequence[WorkerInfo], wanted: Mapping[str, list[str]], strict: bool) -> dict[str, list[str]]:
     known = {name for worker in workers for name in (worker.name, worker.address, worker.host)}
-    if unknown := [name for name in wanted if name not in known]:
+    unknown = [name for name in wanted if name not in known]
+    if unknown and strict:
         there = ", ".join(f"{worker.address} (name {worker.name}, host {worker.host})" for worker in workers)
         raise PlacementError(f"devices= names {unknown}, which are no workers and no hosts; there are {there}")
     return {

@@ -17,6 +17,7 @@ from typing import Any
 from distributed import Reschedule, Worker, get_worker, secede
 from distributed.utils import sync
 
+from dask_bridges import turns
 from dask_bridges.devices import Device, Holder, leases_here
 from dask_bridges.events import Event, Log
 from dask_bridges.jobs import job as in_child
@@ -32,7 +33,7 @@ from dask_bridges.processes.spool import Spool
 from dask_bridges.task import WorkerMember
 from dask_serializers.hooks import activate as models_move
 
-__all__ = ["Hosting", "JobSpec", "host_devices", "resource_of", "run_job", "status_here"]
+__all__ = ["Hosting", "JobSpec", "extend_here", "host_devices", "resource_of", "run_job", "status_here"]
 
 _PLUGIN = "dask-bridges-jobs"
 
@@ -214,6 +215,22 @@ class _Host:
             if large:
                 self._spool.drop(spec.key)
 
+    async def extend(self, more: tuple[Device, ...], ignored: frozenset[int]) -> None:
+        """Offer more devices, which workers have brought that came later."""
+        known = {device.key for device in self.hosting.devices}
+        more = tuple(device for device in more if device.key not in known)
+        with self._lock:
+            if self._closing or not more:
+                return
+            self._devices |= {device.name: _Device() for device in more}
+            self.hosting = dataclasses.replace(self.hosting, devices=(*self.hosting.devices, *more))
+        leases_here().ignored |= ignored
+        self._spares.count += len(more)
+        worker, resource, amount = self.member.worker, resource_of(self.hosting.pool), len(self.hosting.devices)
+        await worker.set_resources(**{resource: amount})
+        token = {"gang": self.member.gang, "attempt": self.member.attempt, "rank": self.member.rank}
+        await turns.ask(worker, "offer", **token, worker=worker.address, resource=resource, amount=amount)
+
     def cancel(self, key: str) -> None:
         """End a job, if it runs here."""
         with self._lock:
@@ -250,7 +267,7 @@ class _Spares:
 
     def __init__(self, worker: Worker, count: int, environment: Environment) -> None:
         self._worker = worker
-        self._count = count
+        self.count = count
         self._lock = threading.Lock()
         self._waiting: list[Forked] = []
         self._environments: dict[Environment, None] = {environment: None}
@@ -281,7 +298,7 @@ class _Spares:
 
     def _fill(self, environment: Environment) -> None:
         with self._lock:
-            while not self._closed and len(self._waiting) < self._count:
+            while not self._closed and len(self._waiting) < self.count:
                 self._waiting.append(Forked(self._worker, environment))
 
     def close(self) -> None:
@@ -356,6 +373,13 @@ def run_job(spec: JobSpec, *inputs: Any) -> Any:
     if host is None:  # the pool was closed, or its host has just been lost
         raise Reschedule()
     return host.run(spec, inputs)
+
+
+async def extend_here(pool: str, more: tuple[Device, ...], ignored: frozenset[int], dask_worker: Worker) -> None:
+    """Offer more devices for a pool, if it is hosted on this worker."""
+    host = _hosts.get((dask_worker.address, pool))
+    if host is not None:
+        await host.extend(more, ignored)
 
 
 def status_here(pool: str, dask_worker: Worker) -> list[dict[str, Any]]:

@@ -42,6 +42,8 @@ LABEL = "DevicePool"
 LOOK = 2.0
 #: How many of its events a pool keeps.
 KEPT = 10_000
+#: How many jobs are cancelled at once: that takes Dask's scheduler time that grows with the square of it.
+CANCELLED = 100
 
 
 class DevicePool:
@@ -146,10 +148,9 @@ class DevicePool:
     async def _look(self, first: bool = False) -> None:
         """Find the devices of workers that have come."""
         workers = await placement.usable_workers(self.client, self._workers, self._timeout)
-        if first or {worker.address for worker in workers} - self._seen:
-            self._seen = {worker.address for worker in workers}
-            await placement.check_packages(self.client, sorted(self._seen), ["dask_bridges"])
-            groups = await find_groups(self.client, workers, self._named)
+        there = {worker.address for worker in workers}
+        if first or there - self._seen:
+            groups = await find_groups(self.client, workers, self._named, strict=first)
             if not groups and first:
                 table = "\n  ".join(f"{worker.address}: resources {worker.resources or 'none'}" for worker in workers)
                 raise PlacementError(
@@ -159,11 +160,15 @@ class DevicePool:
                 )
             hosting_ones = sorted({address for group in groups for address in group.workers})
             await self._check_modules(hosting_ones)
+            for name in [name for name, host in self._hosts.items() if not host.offered]:
+                if not there.intersection(self._hosts[name].group.workers):  # they have come back as others
+                    await self._hosts.pop(name).close()
             for group in groups:
                 if group.name in self._hosts:
-                    self._hosts[group.name].update(group)
+                    await self._hosts[group.name].update(group)
                 else:
                     self._hosts[group.name] = _HostOf(self, group)
+            self._seen = there
 
     async def _check_modules(self, workers: Sequence[str]) -> None:
         """See that the workers have what is imported ahead; what nobody has named is left out otherwise."""
@@ -217,7 +222,7 @@ class DevicePool:
             self._watching.cancel()
         unfinished = [future for future in list(self._futures) if not future.done()]
         if unfinished and self.client.status == "running":
-            await self.client.cancel(unfinished, asynchronous=True)
+            await self._cancel(unfinished)
         await asyncio.gather(*(host.close() for host in self._hosts.values()), return_exceptions=True)
 
     def __enter__(self) -> DevicePool:
@@ -365,7 +370,11 @@ class DevicePool:
     def cancel(self, futures: Future | Iterable[Future]) -> Any:
         """Cancel jobs: those that wait never run, those that run are ended, with what they have started."""
         listed = [futures] if isinstance(futures, Future) else list(futures)
-        return self.client.cancel(listed)
+        return clients.call(self.client, self._cancel, listed)
+
+    async def _cancel(self, futures: Sequence[Future]) -> None:
+        for start in range(0, len(futures), CANCELLED):
+            await self.client.cancel(futures[start : start + CANCELLED], asynchronous=True)
 
     def status(self) -> Any:
         """What the devices do now.
@@ -423,8 +432,13 @@ class _HostOf:
         """Whether its devices are there."""
         return bool(self.worker)
 
-    def update(self, group: Group) -> None:
-        """Its workers have changed."""
+    async def update(self, group: Group) -> None:
+        """Its workers have changed, and maybe brought devices."""
+        known = {device.key for device in self.group.devices}
+        more = tuple(device for device in group.devices if device.key not in known)
+        if self.offered and more:
+            who = [self.worker]
+            await self.pool.client.run(hosting.extend_here, self.pool.id, more, frozenset(group.pids), workers=who)
         self.group = group
         self.pool._tell_change()
 
@@ -470,7 +484,7 @@ class _HostOf:
     async def close(self) -> None:
         """End it, with its jobs."""
         self._closing = True
-        if self._gang is not None:
+        if self._gang is not None and self.offered:
             with contextlib.suppress(OSError):  # without a scheduler it has ended
                 await turns.ask(self.pool.client, "settle", gang=self._gang.id, reason="the pool was closed")
                 await asyncio.wait({self._running}, timeout=self._gang.deadlines.child_stop_timeout)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import collections
 import os
-import select
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from multiprocessing.connection import wait
+from typing import Any
 
 __all__ = ["Output"]
 
@@ -68,7 +69,7 @@ class Output:
         open_fds = {self._wakeup, *self._streams}
         while open_fds != {self._wakeup}:
             ended = self._ended.is_set()
-            ready, _, _ = select.select(list(open_fds), [], [], 0 if ended else None)
+            ready: Sequence[Any] = wait(list(open_fds), 0 if ended else None)
             if ended and ready == [self._wakeup]:  # what the child has started may hold its output open
                 break
             for fd in ready:

@@ -15,13 +15,12 @@ import gc
 import importlib
 import os
 import pickle
-import select
 import signal
 import socket
 import sys
 import tempfile
 from collections.abc import Iterator
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import IO, Any
 
@@ -78,7 +77,7 @@ class _Server:
     def serve(self) -> list[int]:
         """Serve until the worker is gone or wants no more; in a child that was forked, its descriptors at once."""
         while not (self.retired and not self.children):
-            ready, _, _ = select.select([self.control, self.wakeup], [], [])
+            ready = wait([self.control, self.wakeup])  # select knows no descriptors from 1024
             if self.wakeup in ready:
                 self.wakeup.recv(4096)
                 self.reap()
@@ -205,15 +204,16 @@ def child_pipe(fds: list[int]) -> Connection:
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]  # what it prints is read as it comes
     connection = Connection(pipe)
     sys.path[:], environment, folder, numbers = connection.recv()
-    os.environ.clear()
-    os.environ.update(environment)
+    for name in [name for name in os.environ if name not in environment]:
+        del os.environ[name]
+    os.environ.update({name: value for name, value in environment.items() if os.environ.get(name) != value})
     with contextlib.suppress(OSError):  # the worker's folder may be gone
         os.chdir(folder)
     for fd, number in zip(_descriptors(connection, len(numbers)), numbers):
         os.dup2(fd, number, inheritable=True)
         os.close(fd)
-    if "numpy" in sys.modules:  # Python's own generator sees to itself
-        sys.modules["numpy"].random.seed()
+    if "numpy.random" in sys.modules:  # Python's own generator sees to itself, and one imported later, too
+        sys.modules["numpy.random"].seed()
     return connection
 
 

@@ -1,0 +1,164 @@
+"""Jobs on simulated devices: the share of device time they use, what each costs, and what a long queue costs Dask.
+
+Beside them the same work as plain Dask tasks with a resource, in the worker's own
+process, and in a new process each.
+
+Run: python benchmarks/device_jobs.py
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from distributed import Client, LocalCluster, wait
+
+from dask_bridges.jobs import DevicePool
+
+EIGHT = {"0": ["a", "b", "c", "d"], "1": ["e", "f", "g", "h"]}
+ONE = {"0": ["a"]}
+LONG, SHORT = 0.2, 0.02
+#: Jobs that are queued at once, and how many of them are run before the rest is cancelled.
+QUEUED, RUN = 10_000, 1_000
+
+
+def sleeps(folder: str, seconds: float, number: int) -> None:
+    """A job: it notes its device, its beginning and its end."""
+    start = time.monotonic()
+    time.sleep(seconds)
+    line = f"{os.environ.get('CUDA_VISIBLE_DEVICES', '')} {start} {time.monotonic()}\n".encode()
+    file = os.open(Path(folder, "log"), os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+    os.write(file, line)
+    os.close(file)
+
+
+def spawns(folder: str, seconds: float, number: int) -> None:
+    """The same in a new Python process."""
+    command = f"from benchmarks.device_jobs import sleeps; sleeps({folder!r}, {seconds}, {number})"
+    subprocess.run([sys.executable, "-c", command], check=True, cwd=Path(__file__).parents[1])
+
+
+def nothing(number: int) -> None:
+    """A job that does nothing."""
+
+
+def logged(submit: Callable[[str], Any]) -> dict[str, list[tuple[float, float]]]:
+    """Beginnings and ends of jobs in order, by device."""
+    with tempfile.TemporaryDirectory() as folder:
+        wait(submit(folder))
+        found: dict[str, list[tuple[float, float]]] = {}
+        for line in Path(folder, "log").read_text().splitlines():
+            device, start, end = line.rsplit(" ", 2)
+            found.setdefault(device, []).append((float(start), float(end)))
+    return {device: sorted(spans) for device, spans in found.items()}
+
+
+def used(found: dict[str, list[tuple[float, float]]], devices: int) -> float:
+    """Share of the devices' time from when each has a job to when the first has its last."""
+    start = max(spans[0][0] for spans in found.values())
+    end = min(spans[-1][0] for spans in found.values())
+    busy = sum(max(0.0, min(b, end) - max(a, start)) for spans in found.values() for a, b in spans)
+    return busy / (devices * (end - start))
+
+
+def overheads(found: dict[str, list[tuple[float, float]]]) -> list[float]:
+    """Milliseconds from each beginning to the next on the same device, but for the jobs' own."""
+    pairs = [pair for spans in found.values() for pair in itertools.pairwise(spans[1:])]
+    return [1e3 * (later[0] - earlier[0] - SHORT) for earlier, later in pairs]
+
+
+def report(label: str, values: Sequence[float]) -> None:
+    low, middle, high = statistics.quantiles(values, n=4)
+    print(f"{label:<52}{middle:9.1f}{low:9.1f}{high:9.1f}{sorted(values)[int(0.99 * len(values))]:9.1f}", flush=True)
+
+
+def measure_lag(client: Client, busy: Callable[[], None]) -> list[float]:
+    """By how many milliseconds the scheduler's event loop is late, each 10 ms while it is `busy`."""
+
+    async def begin(dask_scheduler: Any) -> None:
+        async def sample() -> None:
+            while True:
+                start = time.perf_counter()
+                await asyncio.sleep(0.01)
+                dask_scheduler.lags.append(1e3 * (time.perf_counter() - start - 0.01))
+
+        dask_scheduler.lags = []
+        dask_scheduler.sampling = asyncio.ensure_future(sample())
+
+    def end(dask_scheduler: Any) -> list[float]:
+        dask_scheduler.sampling.cancel()
+        return list(dask_scheduler.lags)
+
+    client.run_on_scheduler(begin)
+    busy()
+    return list(client.run_on_scheduler(end))
+
+
+def in_processes(client: Client, devices: dict[str, list[str]], label: str) -> None:
+    with DevicePool(client, devices=devices, preload=()) as pool:
+        count = sum(map(len, devices.values()))
+        wait(pool.map(nothing, range(4 * count)))
+        if count > 1:
+            shares = [
+                100 * used(logged(lambda folder: pool.map(sleeps, [folder] * 120, [LONG] * 120, range(120))), count)
+                for _ in range(5)
+            ]
+            report(f"device time used by jobs of 200 ms, {label} (%)", shares)
+        jobs = 400 if count > 1 else 150
+        found = logged(lambda folder: pool.map(sleeps, [folder] * jobs, [SHORT] * jobs, range(jobs)))
+        report(f"overhead of jobs of 20 ms, {label} (ms)", overheads(found))
+
+
+def peers(client: Client) -> None:
+    for label, function, jobs in [("tasks in the worker", sleeps, 150), ("a new process each", spawns, 10)]:
+        found = logged(
+            lambda folder, function=function, jobs=jobs: client.map(
+                function, [folder] * jobs, [SHORT] * jobs, range(jobs), resources={"GPU": 1}, workers=[0], pure=False
+            )
+        )
+        report(f"overhead of tasks of 20 ms, one device, {label} (ms)", overheads(found))
+
+
+def queue(client: Client) -> None:
+    with DevicePool(client, devices=EIGHT, preload=()) as pool:
+        wait(pool.map(nothing, range(32)))
+        start = time.perf_counter()
+        report(f"lag of the scheduler, {QUEUED:,} jobs queued (ms)", measure_lag(client, lambda: _run_some(pool)))
+        print(f"{'jobs a second, empty ones':<52}{RUN / (time.perf_counter() - start):9.1f}")
+
+
+def _run_some(pool: DevicePool) -> None:
+    futures = pool.map(nothing, range(QUEUED))
+    wait(futures[:RUN])
+    pool.cancel(futures)
+
+
+def main() -> None:
+    print(f"{'':<52}{'median':>9}{'q1':>9}{'q3':>9}{'p99':>9}")
+    with (
+        LocalCluster(n_workers=2, threads_per_worker=1, resources={"GPU": 1}, dashboard_address=":0") as cluster,
+        Client(cluster) as client,
+    ):
+        in_processes(client, EIGHT, "8 devices")
+        in_processes(client, ONE, "one device")
+        peers(client)
+        # While nothing is asked of it, and with plain tasks as many.
+        report("lag of the scheduler, idle (ms)", measure_lag(client, lambda: time.sleep(5)))
+        report(
+            f"lag of the scheduler, {QUEUED:,} plain tasks (ms)",
+            measure_lag(client, lambda: wait(client.map(nothing, range(QUEUED), pure=False))),
+        )
+        queue(client)
+
+
+if __name__ == "__main__":
+    main()
