@@ -173,6 +173,7 @@ def test_without_a_nanny_a_frozen_worker_is_given_more_time() -> None:
         assert_runs_again(client, workers[1:])
 
 
+@pytest.mark.slow
 def test_a_member_that_holds_the_gil_is_not_taken_for_frozen(doomed: Client) -> None:
     plan = GangPlan("gang", holds_the_gil, [8, 8], addresses(doomed)[:2])
     assert doomed.sync(Gang(doomed, plan).run) == [0, 1]
@@ -363,6 +364,7 @@ async def _until_free(client: Client) -> None:
 # The scheduler
 
 
+@pytest.mark.slow
 def test_a_killed_scheduler_is_a_clean_error_and_the_members_end() -> None:
     with command_line_cluster(workers=2) as cluster:
         client = cluster.client

@@ -53,6 +53,7 @@ def test_environment_variables_are_set_before_modules_are_imported(bridges_clien
         assert pool.submit(seen).result() is None
 
 
+@pytest.mark.slow
 def test_few_of_many_environments_are_kept_ready(bridges_client: Client) -> None:
     def servers() -> int:
         return len(psutil.Process().children())

@@ -179,6 +179,7 @@ def test_the_only_worker_of_a_pool_is_lost_and_comes_back(doomed: Client, flags:
     assert time.monotonic() - start < 2.5  # no host is waited for that was lost long ago
 
 
+@pytest.mark.slow
 def test_a_worker_is_lost_while_a_pool_opens(doomed: Client) -> None:
     for pause in (0.0, 0.05, 0.2):
         pid = next(iter(doomed.run(os.getpid).values()))
@@ -192,6 +193,7 @@ def test_a_worker_is_lost_while_a_pool_opens(doomed: Client) -> None:
     wait_until_free(doomed, 10)
 
 
+@pytest.mark.slow
 def test_a_worker_is_lost_while_a_pool_closes(doomed: Client, flags: Flags) -> None:
     def clings() -> None:
         signal.signal(signal.SIGTERM, lambda *_: flags.set("closing"))
@@ -279,6 +281,7 @@ def test_a_client_is_killed_and_nothing_of_its_pool_is_left(shared: Client, flag
     wait_until_free(shared, 10)
 
 
+@pytest.mark.slow
 def test_workers_that_come_later_are_used(flags: Flags) -> None:
     with (
         clustered(n_workers=1, resources={"GPU": 1}) as (cluster, client),
@@ -292,6 +295,7 @@ def test_workers_that_come_later_are_used(flags: Flags) -> None:
         assert sorted(client.gather(futures)) == ["0", "1"]
 
 
+@pytest.mark.slow
 def test_jobs_that_hold_the_gil_leave_the_worker_alone(shared: Client) -> None:
     def holds_the_gil() -> int:
         deadline = time.monotonic() + 1.5
@@ -314,6 +318,7 @@ def test_jobs_that_hold_the_gil_leave_the_worker_alone(shared: Client) -> None:
     assert longest < 3.0
 
 
+@pytest.mark.slow
 def test_a_worker_with_many_descriptors_has_jobs_too(shared: Client) -> None:
     def open_many(dask_worker: Worker) -> None:
         _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -359,6 +364,7 @@ def test_a_device_with_memory_left_is_set_aside_until_it_is_free(tmp_path: Path)
 # Models
 
 
+@pytest.mark.slow
 def test_models_come_and_go_and_the_worker_imports_no_framework(shared: Client) -> None:
     keras, xgboost = pytest.importorskip("keras"), pytest.importorskip("xgboost")
 

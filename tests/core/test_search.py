@@ -31,6 +31,7 @@ def run(containing: str, *instead: str) -> dict[str, Any]:
     return names
 
 
+@pytest.mark.slow
 def test_many_small_models_two_at_a_time(capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("keras")
     run("def train_one(width):")

@@ -131,7 +131,7 @@ def assert_right(wish: Wish, outcome: Any, killed: set[str]) -> None:
 @pytest.mark.parametrize(
     ("seconds", "interval", "examples"),
     [
-        pytest.param(8, 2, 100, marks=pytest.mark.timeout(120)),
+        pytest.param(8, 2, 100, marks=[pytest.mark.slow, pytest.mark.timeout(120)]),
         pytest.param(300, 5, 10_000, marks=[pytest.mark.slow, pytest.mark.timeout(900)]),
     ],
 )

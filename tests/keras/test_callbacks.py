@@ -126,6 +126,7 @@ def both(bridges_client: Client) -> Both:
 # Keras's own
 
 
+@pytest.mark.slow
 def test_schedules_logs_and_checkpoints_come_out_as_in_one_process(both: Both, tmp_path: Path) -> None:
     def callbacks(where: str) -> list[Any]:
         folder = tmp_path / where

@@ -87,6 +87,12 @@ class TestKeras(Keras):
     """The heart of the contract, on the shared workers."""
 
     test_trains_on_worker_processes = RunContract.test_trains_on_worker_processes
+
+
+@pytest.mark.slow
+class TestKerasThatFails(Keras):
+    """What fails is found, on the shared workers."""
+
     test_the_root_cause_is_raised = FailureContract.test_the_root_cause_is_raised_and_the_workers_are_free
 
 

@@ -129,11 +129,13 @@ def test_each_rank_sees_a_device_of_its_own_which_is_free_afterwards(client: Cli
     assert held(client) == {}
 
 
+@pytest.mark.slow
 def test_one_rank_has_both_and_the_other_worker_takes_no_part(client: Client, flags: Flags) -> None:
     fit(client, made(tell, flags), gpus_per_member=2)
     assert seen(flags) == ["0,1"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [0, 1])
 def test_of_workers_that_see_the_same_device_either_can_be_named(client: Client, flags: Flags, number: int) -> None:
     see(client, "5", "5")
@@ -145,6 +147,7 @@ def test_of_workers_that_see_the_same_device_either_can_be_named(client: Client,
     assert seen(flags) == ["5"]
 
 
+@pytest.mark.slow
 def test_without_asking_a_rank_sees_what_its_worker_sees(client: Client, flags: Flags) -> None:
     fit(client, made(tell, flags))
     assert seen(flags) == ["all", "all"]
@@ -160,6 +163,7 @@ def test_jobs_never_get_the_device_of_a_rank(client: Client, flags: Flags) -> No
         assert both.result(timeout=60) == "0,1"
 
 
+@pytest.mark.slow
 def test_a_rank_waits_for_the_device_of_a_job_and_who_has_it_is_told_where_that_takes_too_long(
     client: Client, flags: Flags
 ) -> None:
@@ -177,6 +181,7 @@ def test_a_rank_waits_for_the_device_of_a_job_and_who_has_it_is_told_where_that_
         assert job.result() == "0,1"
 
 
+@pytest.mark.slow
 def test_a_training_that_goes_on_after_a_loss_has_its_devices_again(client: Client, flags: Flags) -> None:
     history = fit(
         client, made(die_at_first_with_dask_worker, flags), gpus_per_member=1, checkpoint=flags.folder / "kept"

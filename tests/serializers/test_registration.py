@@ -34,15 +34,18 @@ MODEL = "import keras; model = keras.Sequential([keras.Input((2,)), keras.layers
     "order",
     [
         "import keras; import distributed",
-        "import distributed; import keras",
+        pytest.param("import distributed; import keras", marks=pytest.mark.slow),
         # distributed's own hook has fired, and has looked up a model's type
-        """
+        pytest.param(
+            """
 import keras, distributed.protocol
 from dask_serializers import hooks
 hooks.deactivate()
 distributed.protocol.serialize(keras.Sequential())
 hooks.activate()
 """,
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_an_installed_package_needs_no_call_whatever_is_imported_first(order: str) -> None:

@@ -58,6 +58,7 @@ def test_a_roles_tasks_have_devices_of_their_own_and_other_tasks_see_none(start:
     assert held(client) == {}
 
 
+@pytest.mark.slow
 def test_a_task_keeps_its_device_while_its_process_is_started_again(
     start: Start, client: Client, flags: Flags, watch: Any
 ) -> None:
@@ -75,6 +76,7 @@ def test_a_task_keeps_its_device_while_its_process_is_started_again(
         assert job.result(timeout=60) in before
 
 
+@pytest.mark.slow
 def test_without_asking_a_task_sees_what_its_dask_worker_sees(start: Start, client: Client) -> None:
     with start(client, worker=1) as cluster:
         assert seen(cluster, "worker") == [None]
@@ -113,6 +115,7 @@ def test_more_than_there_is_is_refused_with_what_there_is(
         start(client, **options)
 
 
+@pytest.mark.slow
 def test_who_holds_the_devices_is_told_where_they_do_not_become_free(
     start: Start, client: Client, flags: Flags
 ) -> None:

@@ -251,6 +251,7 @@ def test_a_killed_worker_is_started_again_and_every_batch_counts(cluster: Any) -
     assert next(row for row in cluster.status() if row["task"] == "worker:1")["restarts"] == 1
 
 
+@pytest.mark.slow
 def test_a_killed_server_is_restored_from_the_last_checkpoint(cluster: Any, tmp_path: Path) -> None:
     model = new_model()
     begun = len(cluster.events.events)

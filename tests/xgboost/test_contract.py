@@ -47,7 +47,12 @@ class XGBoost(Contract):
 
 @pytest.mark.cluster
 class TestXGBoost(XGBoost, RunContract, TurnContract):
-    """What a person meets every day, on the shared workers where that can be."""
+    """What a person meets every day, on the shared workers."""
+
+    test_trains_on_workers_started_from_the_command_line = None
+    test_nothing_of_ours_is_needed_on_the_scheduler = None
+    test_waits_for_the_first_worker_of_an_adaptive_cluster = None
+    test_a_worker_that_joins_later_is_left_out = None
 
     test_the_root_cause_is_raised = FailureContract.test_the_root_cause_is_raised_and_the_workers_are_free
     test_a_killed_member_is_named = FailureContract.test_a_killed_member_is_named_and_the_next_training_runs

@@ -32,6 +32,7 @@ class StandsStill(xgb.callback.TrainingCallback):
         return False
 
 
+@pytest.mark.slow
 @pytest.mark.cluster
 def test_ranks_that_wait_for_a_peer_end_when_asked_and_their_workers_live_on(bridges_doomed_client: Client) -> None:
     X, y = make_data()
@@ -63,6 +64,7 @@ def held() -> tuple[set[int], int]:
     return ports, process.num_threads() - threading.active_count()
 
 
+@pytest.mark.slow
 def test_a_tracker_whose_group_never_forms_is_freed_with_its_port_and_threads() -> None:
     ports, threads = held()
     for _ in range(50):
