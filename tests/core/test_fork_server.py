@@ -8,6 +8,7 @@ import importlib.util
 import os
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -106,6 +107,13 @@ def floods(member: ChildMember, size: int) -> str:
     return "done"
 
 
+def prints_and_waits(member: ChildMember, folder: str) -> None:
+    """Print a line and go on once it was read."""
+    print("read me")
+    while not Path(folder, "read").exists():
+        time.sleep(0.01)
+
+
 def draws(member: ChildMember, payload: Any) -> float:
     return float(np.random.random())
 
@@ -200,6 +208,15 @@ def sys_path_remove(folder: str) -> None:
 
 
 MODULE = "import os\nPID = os.getpid()\nVALUE = 1\n"
+
+
+def test_what_a_child_prints_is_read_as_it_comes(children: Callable[..., Any], tmp_path: Path) -> None:
+    def notice(event: Any) -> None:
+        if isinstance(event, Log) and event.text == "read me":
+            (tmp_path / "read").touch()
+
+    buffered = Environment(variables=(("PYTHONUNBUFFERED", None),))
+    children(prints_and_waits, str(tmp_path), buffered, notice)
 
 
 # What they say
