@@ -4,72 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from dataclasses import dataclass
 from typing import Any
 
 import dask
 import numpy as np
 from distributed import Client
 
-from dask_bridges import clients, partitions, placement
+from dask_bridges import clients, placement
 from dask_bridges.errors import DataError
 from dask_xgboost.blocks import as_array
+from dask_xgboost.sets import Rows
 from dask_xgboost.steps import Steps
 
-__all__ = ["Rows", "on_workers"]
+__all__ = ["next_turn", "on_workers"]
 
 #: Rows in memory make a partition of their own from this number on, up to one a worker.
 ROWS_A_PARTITION = 25_000
 
 _turns = itertools.count()
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Features, labels and what else belongs to each row of one set, as a user gave them.
-
-    Attributes
-    ----------
-    role : str
-        What messages call it: "" for the training set.
-    X, label, weight, base_margin, qid
-    """
-
-    role: str
-    X: Any
-    label: Any
-    weight: Any = None
-    base_margin: Any = None
-    qid: Any = None
-
-    @property
-    def fields(self) -> dict[str, Any]:
-        """The fields given, by XGBoost's names."""
-        names = ("label", "weight", "base_margin", "qid")
-        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
-
-    def name(self, field: str) -> str:
-        """What messages call a field."""
-        own = {"X": "X", "label": "y", "weight": "sample_weight", "base_margin": "base_margin", "qid": "qid"}[field]
-        return f"{own} of {self.role}" if self.role else own
-
-    def lazy(self) -> bool:
-        """Whether these are Dask collections.
-
-        Raises
-        ------
-        DataError
-            If some are and some are not.
-        """
-        kinds = {name: dask.is_dask_collection(value) for name, value in {"X": self.X, **self.fields}.items()}
-        if len(set(kinds.values())) > 1:
-            here = [self.name(name) for name, lazy in kinds.items() if not lazy]
-            there = [self.name(name) for name, lazy in kinds.items() if lazy]
-            raise DataError(
-                f"{' and '.join(there)}: Dask collections; {' and '.join(here)}: in memory. Give all of a set as one or "
-                "the other: dask.array.from_array and dask.dataframe.from_pandas make collections"
-            )
-        return kinds["X"]
 
 
 def on_workers(client: Client, rows: Rows, turn: int) -> Steps:
@@ -79,28 +31,17 @@ def on_workers(client: Client, rows: Rows, turn: int) -> Steps:
     ----------
     client : distributed.Client
     rows : Rows
-        With numbers for labels.
+        With numbers for labels, and of equal lengths.
     turn : int
         Which worker is the first; see `next_turn`.
-
-    Raises
-    ------
-    DataError
-        If lengths differ.
     """
     if rows.lazy():
         return rows
     X, fields = _features(rows), {name: as_array(value) for name, value in rows.fields.items()}
-    for name, values in fields.items():
-        if len(values) != X.shape[0]:
-            raise DataError(
-                f"{rows.name('X')} has {X.shape[0]} rows and {rows.name(name)} has {len(values)}: they must match row "
-                "for row"
-            )
     workers = yield clients.call(client, placement.usable_workers, client)
     edges = _edges(X.shape[0], len(workers), fields.get("qid"))
     held: dict[str, list[Any]] = {"X": [], **{name: [] for name in fields}}
-    for number, (start, stop) in enumerate(zip(edges, edges[1:])):
+    for number, (start, stop) in enumerate(itertools.pairwise(edges)):
         worker = workers[(turn + number) % len(workers)].address
         blocks = [X[start:stop], *(values[start:stop] for values in fields.values())]
         futures = yield client.scatter(blocks, workers=[worker], hash=False)
@@ -154,8 +95,6 @@ def _collection(X: Any, futures: list[Any], edges: list[int]) -> Any:
 def _array(values: Any, futures: list[Any], edges: list[int]) -> Any:
     import dask.array as da
 
-    shapes = [(stop - start, *values.shape[1:]) for start, stop in zip(edges, edges[1:])]
-    blocks = [
-        da.from_delayed(dask.delayed(future), shape, meta=values[:0]) for future, shape in zip(futures, shapes)
-    ]
+    shapes = [(stop - start, *values.shape[1:]) for start, stop in itertools.pairwise(edges)]
+    blocks = [da.from_delayed(dask.delayed(future), shape, meta=values[:0]) for future, shape in zip(futures, shapes)]
     return da.concatenate(blocks) if len(blocks) > 1 else blocks[0]

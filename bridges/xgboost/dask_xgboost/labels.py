@@ -16,7 +16,20 @@ from dask_bridges import partitions
 from dask_bridges.errors import DataError
 from dask_bridges.shipping import sealed
 
-__all__ = ["Found", "decide", "decided", "encoded", "look", "look_lazily", "probabilities", "read", "union", "write"]
+__all__ = [
+    "Found",
+    "check_seen",
+    "decide",
+    "decided",
+    "encoded",
+    "flat",
+    "look",
+    "look_lazily",
+    "probabilities",
+    "read",
+    "union",
+    "write",
+]
 
 #: More labels than this in a partition are no classes.
 MOST = 10_000
@@ -107,7 +120,7 @@ def union(role: str, found: Sequence[Found]) -> Any:
     if missing := sum(one.missing for one in found):
         raise DataError(f"{role} has {missing} missing or infinite labels; drop those rows")
     if any(one.continuous for one in found):
-        raise DataError(f"Unknown label type: continuous. {role} holds fractions, which are no classes: use a regressor")
+        raise DataError(f"Unknown label type: continuous. {role} holds fractions: use a regressor")
     most = max((one.many for one in found), default=0)
     if most > MOST:
         raise DataError(f"a partition of {role} holds {most} different labels, and classes are {MOST} at most")
@@ -214,7 +227,7 @@ def decided(function: Any, classes: Any, softmax: bool, values: Any, width: int)
 
 def write(booster: xgb.Booster, classes: Any) -> None:
     """Keep the classes with the booster, and so in files of the model, unless they are 0, 1, 2, ..."""
-    if np.array_equal(classes, np.arange(len(classes))):
+    if classes.dtype.kind in "iuf" and np.array_equal(classes, np.arange(len(classes))):
         kept = None
     elif classes.dtype.kind in "mM":
         kept = json.dumps([classes.dtype.str, classes.astype("int64").tolist()])

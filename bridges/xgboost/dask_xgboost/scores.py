@@ -66,14 +66,14 @@ def _blocks(collection: Any) -> list[Any]:
 
 def _checked(function: Any, predicted: Any, y: Any, weight: Any = None) -> Tally:
     if len(predicted) != len(y):
-        raise DataError(f"a partition of X has {len(predicted)} rows and that of y {len(y)}: they must match row for row")
+        raise DataError(f"a partition of X has {len(predicted)} rows and of y {len(y)}: they must match row for row")
     weights = np.ones(len(y)) if weight is None else np.asarray(flat(weight), dtype="float64")
     result: Tally = function(flat(predicted), flat(y), weights)
     return result
 
 
 def _right(predicted: Any, y: Any, weight: Any) -> Tally:
-    right = np.asarray(predicted == y)
+    right: Any = np.asarray(predicted == y)
     right = right.all(axis=1) if right.ndim == 2 else right
     return Tally(float(weight.sum()), 0.0, 0.0, float((right * weight).sum()))
 
