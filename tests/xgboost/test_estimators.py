@@ -618,6 +618,18 @@ def test_a_pipeline_ends_in_an_estimator(bridges_client: Client, rows: Any) -> N
     np.testing.assert_array_equal(got.predict(rows.X), want.predict(rows.X))
 
 
+@cluster
+def test_several_targets_may_be_columns(bridges_client: Client, rows: Any) -> None:
+    ours, plain = pair("XGBRegressor")
+    y = np.stack([rows.X[:, 0] * rows.X[:, 1], rows.labels["reg:squarederror"]], axis=1)
+    df = dd.from_pandas(frame_of(rows, a=y[:, 0], b=y[:, 1]), npartitions=3)
+    ours.fit(df[COLUMNS], df[["a", "b"]])
+    plain.fit(frame_of(rows), y)
+    predicted = ours.predict(df[COLUMNS])
+    np.testing.assert_allclose(predicted.compute().to_numpy(), plain.predict(frame_of(rows)), rtol=1e-5, atol=1e-5)
+    assert ours.score(df[COLUMNS], df[["a", "b"]]) == pytest.approx(plain.score(frame_of(rows), y), abs=1e-6)
+
+
 # Asynchronous clients, and tasks
 
 
@@ -714,6 +726,8 @@ def test_a_ranking_without_queries_is_refused(bridges_client: Client, rows: Any)
     model, y = dask_xgboost.XGBRanker(), rows.labels["rank:ndcg"]
     with pytest.raises(DataError, match="qid is missing"):
         model.fit(blocks(rows.X), blocks(y))
+    with pytest.raises(DataError, match="X has 420 rows and qid has 419"):
+        model.fit(rows.X, y, group=[400, 19])
     with pytest.raises(DataError, match="group is of no use for collections"):
         model.fit(blocks(rows.X), blocks(y), group=blocks(np.full(30, 14)))
     with pytest.raises(DataError, match="has a column 'qid', and qid is given too"):
@@ -760,7 +774,7 @@ def test_a_regressor_of_strings_is_refused_here(rows: Any) -> None:
 def test_a_regressor_of_strings_is_refused(bridges_client: Client, rows: Any) -> None:
     words, frame = words_of(rows), dd.from_pandas(frame_of(rows, y=words_of(rows)), npartitions=2)
     for X, y in ((rows.X, words), (blocks(rows.X), blocks(words)), (frame[COLUMNS], frame.y)):
-        with pytest.raises(DataError, match=r"(y holds what is no number|label has dtype)"):
+        with pytest.raises(DataError, match=r"(y holds what is no number|y has dtype <U5|label has dtype)"):
             dask_xgboost.XGBRegressor().fit(X, y)
 
 

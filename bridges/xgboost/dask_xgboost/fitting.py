@@ -15,7 +15,7 @@ import xgboost as xgb
 from distributed import Client
 from xgboost import sklearn as upstream
 
-from dask_bridges import clients
+from dask_bridges import clients, partitions
 from dask_bridges.errors import DataError
 from dask_xgboost import labels, prediction, scores
 from dask_xgboost.dmatrix import DMatrix, MatrixOptions
@@ -141,7 +141,7 @@ class OnCluster(xgb.XGBModel):  # type: ignore[misc]
     def _check(self, rows: Rows) -> None:
         """Refuse what shows on the client that it cannot be trained on."""
         if not rows.lazy():
-            rows.check_lengths(("label", "weight", "base_margin"))
+            rows.check_lengths()
             weight = np.ones(1) if rows.weight is None else labels.flat(rows.weight)
             if weight.ndim != 1:
                 raise DataError(f"{rows.name('weight')} has {weight.ndim} dimensions; one weight a row is wanted")
@@ -260,14 +260,13 @@ class OfNumbers(OnCluster):
 
     def _check(self, rows: Rows) -> None:
         super()._check(rows)
-        label = rows.label if rows.lazy() else labels.flat(rows.label)
-        try:
-            if not rows.lazy():
-                label.astype("float64")
-            elif isinstance(label.dtype, np.dtype) and label.dtype.kind not in "biufO":
-                raise ValueError(f"it has dtype {label.dtype}")
-        except (TypeError, ValueError) as error:
-            raise DataError(f"{rows.name('label')} holds what is no number: {error}") from None
+        if not rows.lazy():
+            try:
+                labels.flat(rows.label).astype("float64")
+            except (TypeError, ValueError) as error:
+                raise DataError(f"{rows.name('label')} holds what is no number: {error}") from None
+        elif partitions.is_array(rows.label) and rows.label.dtype.kind not in "biufO":
+            raise DataError(f"{rows.name('label')} has dtype {rows.label.dtype}, and numbers are wanted")
 
 
 class Regressor(OfNumbers):

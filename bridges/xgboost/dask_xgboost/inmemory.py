@@ -37,7 +37,7 @@ def on_workers(client: Client, rows: Rows, turn: int) -> Steps:
     """
     if rows.lazy():
         return rows
-    X, fields = _features(rows), {name: as_array(value) for name, value in rows.fields.items()}
+    X, fields = _features(rows), {name: _numbers(as_array(value)) for name, value in rows.fields.items()}
     workers = yield clients.call(client, placement.usable_workers, client)
     edges = _edges(X.shape[0], len(workers), fields.get("qid"))
     held: dict[str, list[Any]] = {"X": [], **{name: [] for name in fields}}
@@ -66,11 +66,15 @@ def _features(rows: Rows) -> Any:
     if scipy.sparse.issparse(X):
         return X.tocsr()
     if not hasattr(X, "iloc"):
-        X = np.asarray(X)
-        X = X.astype("float64") if X.dtype == object else X
+        X = _numbers(np.asarray(X))
     if X.ndim != 2:
         raise DataError(f"{rows.name('X')} has {X.ndim} dimensions; rows and features, so two, are wanted")
     return X
+
+
+def _numbers(values: Any) -> Any:
+    """Objects as numbers, which they are to be."""
+    return values.astype("float64") if values.dtype == object else values
 
 
 def _edges(rows: int, workers: int, qid: Any) -> list[int]:

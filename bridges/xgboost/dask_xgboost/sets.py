@@ -62,7 +62,7 @@ class Rows:
             )
         return bool(kinds["X"])
 
-    def check_lengths(self, fields: Sequence[str]) -> None:
+    def check_lengths(self) -> None:
         """Refuse fields in memory that do not match `X` row for row.
 
         Raises
@@ -72,7 +72,7 @@ class Rows:
         """
         rows = _length(self.X)
         for name, values in self.fields.items():
-            if name in fields and _length(values) != rows:
+            if _length(values) != rows:
                 raise DataError(
                     f"{self.name('X')} has {rows} rows and {self.name(name)} has {_length(values)}: they must match "
                     "row for row"
