@@ -31,6 +31,13 @@ import dask_xgboost
 from dask_bridges import DataError
 
 cluster, slow = pytest.mark.cluster, pytest.mark.slow
+
+
+def later(*values: Any) -> Any:
+    """A parameter set that runs with the slow ones."""
+    return pytest.param(*values, marks=slow)
+
+
 COLUMNS = ["f0", "f1", "f2", "f3", "f4"]
 KINDS = ["XGBClassifier", "XGBRegressor", "XGBRFClassifier", "XGBRFRegressor"]
 FEW: dict[str, Any] = {"n_estimators": 4, "max_depth": 3}
@@ -115,17 +122,17 @@ def expected_failures(model: Any) -> dict[str, str]:
     return FAILURES.get(type(model).__name__, {})
 
 
-@parametrize_with_checks(checked("XGBClassifier", "XGBRegressor"), expected_failed_checks=expected_failures)
+@parametrize_with_checks(checked("XGBClassifier"), expected_failed_checks=expected_failures)
 def test_scikit_learns_checks(estimator: Any, check: Any) -> None:
     check(estimator)
 
 
 @slow
 @parametrize_with_checks(
-    [*checked("XGBRFClassifier", "XGBRFRegressor"), OneQuery(n_estimators=3, n_jobs=1)],
+    [*checked("XGBRegressor", "XGBRFClassifier", "XGBRFRegressor"), OneQuery(n_estimators=3, n_jobs=1)],
     expected_failed_checks=expected_failures,
 )
-def test_scikit_learns_checks_of_forests_and_rankings(estimator: Any, check: Any) -> None:
+def test_scikit_learns_checks_of_the_other_estimators(estimator: Any, check: Any) -> None:
     check(estimator)
 
 
@@ -185,8 +192,12 @@ def test_what_is_not_fitted_says_so(rows: Any) -> None:
 
 
 @cluster
-@pytest.mark.parametrize("collection", ["array", "frame"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("kind", "collection"),
+    [("XGBClassifier", "array"), ("XGBClassifier", "frame"), later("XGBRegressor", "array"), ("XGBRegressor", "frame"),
+     ("XGBRFClassifier", "array"), later("XGBRFClassifier", "frame"), later("XGBRFRegressor", "array"),
+     ("XGBRFRegressor", "frame")],
+)  # fmt: skip
 def test_on_collections_the_model_is_that_of_one_machine(
     bridges_client: Client, rows: Any, kind: str, collection: str
 ) -> None:
@@ -208,7 +219,7 @@ def test_on_collections_the_model_is_that_of_one_machine(
 
 
 @cluster
-@pytest.mark.parametrize("kind", ["XGBClassifier", "XGBRegressor"])
+@pytest.mark.parametrize("kind", ["XGBClassifier", later("XGBRegressor")])
 def test_the_model_is_that_of_xgboost_dask(bridges_client: Client, rows: Any, kind: str) -> None:
     X, y = blocks(rows.X), blocks(labels_of(kind, rows))
     ours = pair(kind)[0].fit(X, y)
@@ -233,8 +244,10 @@ def test_in_memory_a_training_on_the_cluster_equals_one_here(
 
 @cluster
 @pytest.mark.usefixtures("two_partitions")
-@pytest.mark.parametrize("make", [np.asarray, pd.DataFrame, scipy.sparse.csc_matrix, np.ndarray.tolist],
-                         ids=["numpy", "pandas", "sparse", "lists"])  # fmt: skip
+@pytest.mark.parametrize(
+    "make", [np.asarray, pd.DataFrame, later(scipy.sparse.csc_matrix), later(np.ndarray.tolist)],
+    ids=["numpy", "pandas", "sparse", "lists"],
+)  # fmt: skip
 def test_in_memory_rows_may_be_spread_over_workers(bridges_client: Client, rows: Any, make: Any) -> None:
     X, y = make(rows.X), labels_of("XGBClassifier", rows)
     ours, plain = pair("XGBClassifier")
@@ -267,7 +280,11 @@ LABELS = {
 
 
 @cluster
-@pytest.mark.parametrize("classes", LABELS.values(), ids=LABELS)
+@pytest.mark.parametrize(
+    "classes",
+    [later(classes) if name in ("objects", "floats", "strings") else classes for name, classes in LABELS.items()],
+    ids=LABELS,
+)
 def test_labels_of_any_kind_come_back(bridges_client: Client, rows: Any, classes: Any, tmp_path: Path) -> None:
     codes = rows.labels["binary:logistic" if len(classes) == 2 else "multi:softprob"].astype(int)
     ours, plain = pair("XGBClassifier")
@@ -287,7 +304,7 @@ def test_labels_of_any_kind_come_back(bridges_client: Client, rows: Any, classes
 
 
 @cluster
-@pytest.mark.parametrize("dtype", ["category", "str", "boolean", "Int64"])
+@pytest.mark.parametrize("dtype", ["category", later("str"), later("boolean"), "Int64"])
 def test_labels_may_be_of_pandas_dtypes(bridges_client: Client, rows: Any, dtype: str) -> None:
     codes = rows.labels["binary:logistic"].astype(int)
     values = pd.Series(WORDS[codes] if dtype in ("category", "str") else codes).astype(dtype)
@@ -359,7 +376,7 @@ def test_softmax_is_kept_and_still_has_probabilities(bridges_client: Client, row
 
 
 @cluster
-@pytest.mark.parametrize("where", ["collections", "memory", "memory for evaluation"])
+@pytest.mark.parametrize("where", ["collections", later("memory"), "memory for evaluation"])
 def test_early_stopping_with_weights_and_margins_is_that_of_one_machine(
     bridges_client: Client, rows: Any, where: str
 ) -> None:
@@ -677,7 +694,7 @@ def test_inside_a_task_collections_are_trained_on_by_all_and_rows_in_memory_ther
 
 @cluster
 @pytest.mark.usefixtures("two_partitions")
-@pytest.mark.parametrize("form", ["collections", "frame with qid", "qid", "group", "pandas with qid"])
+@pytest.mark.parametrize("form", ["collections", "frame with qid", "qid", later("group"), later("pandas with qid")])
 def test_a_ranking_is_that_of_one_machine(bridges_client: Client, rows: Any, form: str) -> None:
     ours, plain = pair("XGBRanker", eval_metric="ndcg@5")
     y = rows.labels["rank:ndcg"].astype(int)
