@@ -3,7 +3,9 @@
 import asyncio
 import copy
 import json
+import os
 import pickle
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -411,6 +413,28 @@ def test_early_stopping_with_weights_and_margins_is_that_of_one_machine(
 
 
 @cluster
+def test_an_evaluation_set_that_is_the_training_set_is_not_placed_again(
+    bridges_client: Client, rows: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[str] = []
+    unplaced = dask_xgboost.DMatrix.unplaced
+
+    def counted(*args: Any) -> Any:
+        made.append(args[-1])
+        return unplaced(*args)
+
+    monkeypatch.setattr(dask_xgboost.DMatrix, "unplaced", counted)
+    y = rows.labels["binary:logistic"]
+    for make in (blocks, np.asarray):
+        X, label, other = make(rows.X), make(y), make(rows.X[:200])
+        sets = [(X, label), (other, make(y[:200])), (X, label)]
+        model = pair("XGBClassifier")[0].fit(X, label, eval_set=sets, verbose=False)
+        log = model.evals_result()
+        assert log["validation_0"] == log["validation_2"] != log["validation_1"]
+    assert made == ["X", "eval_set[1]"] * 2
+
+
+@cluster
 @pytest.mark.parametrize("kind", ["XGBClassifier", "XGBRegressor"])
 def test_the_users_objective_and_metric_are_kept(bridges_client: Client, rows: Any, kind: str) -> None:
     def doubled(y_true: Any, y_pred: Any) -> tuple[Any, Any]:
@@ -578,8 +602,7 @@ def test_an_estimator_becomes_xgboosts_own_and_comes_back(rows: Any, kind: str) 
     np.testing.assert_array_equal(back.predict(rows.X), ours.predict(rows.X))
     other = type(ours).from_xgboost(pickle.loads(pickle.dumps(plain)))
     np.testing.assert_array_equal(values_of(other, rows.X), values_of(plain, rows.X))
-    other.set_params(n_estimators=1)
-    assert plain.n_estimators == 4
+    assert type(ours).from_xgboost(plain).get_booster() is not plain.get_booster()
     assert type(clone(ours.to_xgboost())) is type(plain)
     with pytest.raises(TypeError, match=rf"takes an xgboost.{kind}"):
         type(ours).from_xgboost(StandardScaler())
@@ -674,18 +697,18 @@ def test_inside_a_task_collections_are_trained_on_by_all_and_rows_in_memory_ther
 ) -> None:
     X, y = rows.X, rows.labels["binary:logistic"]
 
-    class World(xgb.callback.TrainingCallback):
+    class Where(xgb.callback.TrainingCallback):
         def after_iteration(self, model: Any, epoch: int, evals_log: Any) -> bool:
-            self.size = xgb.collective.get_world_size()
+            self.world, self.thread = xgb.collective.get_world_size(), (os.getpid(), threading.get_ident())
             return False
 
     def fit(lazy: bool) -> Any:
-        world, make = World(), blocks if lazy else np.asarray
-        model = dask_xgboost.XGBClassifier(n_estimators=2, callbacks=[world]).fit(make(X), make(y))
-        return world.size, model.predict_proba(X)
+        where, make = Where(), blocks if lazy else np.asarray
+        model = dask_xgboost.XGBClassifier(n_estimators=2, callbacks=[where]).fit(make(X), make(y))
+        return where.world, where.thread == (os.getpid(), threading.get_ident()), model.predict_proba(X)
 
-    (spread, there), (alone, here) = (bridges_client.submit(fit, lazy).result() for lazy in (True, False))
-    assert (spread, alone) == (3, 1)
+    (*spread, there), (*alone, here) = (bridges_client.submit(fit, lazy).result() for lazy in (True, False))
+    assert (spread, alone) == ([3, False], [1, True])
     np.testing.assert_allclose(there, here, atol=1e-5)
 
 
@@ -724,6 +747,14 @@ def test_a_ranking_is_that_of_one_machine(bridges_client: Client, rows: Any, for
     assert got == pytest.approx(plain.evals_result()["validation_0"]["ndcg@5"], abs=1e-5)
     if X is pdf:
         assert ours.score(pdf, y) == pytest.approx(got[-1])
+
+
+@cluster
+@pytest.mark.usefixtures("two_partitions")
+def test_groups_in_memory_stay_whole_wherever_a_half_ends(bridges_client: Client, rows: Any) -> None:
+    ours, plain = pair("XGBRanker")
+    X, y, qid = rows.X[:409], rows.labels["rank:ndcg"][:409].astype(int), rows.qid[:409]
+    np.testing.assert_allclose(ours.fit(X, y, qid=qid).predict(X), plain.fit(X, y, qid=qid).predict(X), atol=1e-5)
 
 
 @cluster
