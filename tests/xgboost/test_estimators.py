@@ -124,14 +124,14 @@ def expected_failures(model: Any) -> dict[str, str]:
     return FAILURES.get(type(model).__name__, {})
 
 
-@parametrize_with_checks(checked("XGBClassifier"), expected_failed_checks=expected_failures)
+@parametrize_with_checks(checked("XGBClassifier", "XGBRegressor"), expected_failed_checks=expected_failures)
 def test_scikit_learns_checks(estimator: Any, check: Any) -> None:
     check(estimator)
 
 
 @slow
 @parametrize_with_checks(
-    [*checked("XGBRegressor", "XGBRFClassifier", "XGBRFRegressor"), OneQuery(n_estimators=3, n_jobs=1)],
+    [*checked("XGBRFClassifier", "XGBRFRegressor"), OneQuery(n_estimators=3, n_jobs=1)],
     expected_failed_checks=expected_failures,
 )
 def test_scikit_learns_checks_of_the_other_estimators(estimator: Any, check: Any) -> None:
