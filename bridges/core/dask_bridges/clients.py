@@ -10,7 +10,7 @@ from typing import Any
 from distributed import Client, Worker, get_client, get_worker, rejoin, secede
 from distributed.worker import thread_state
 
-__all__ = ["call", "current", "lend_slot"]
+__all__ = ["call", "current", "in_task", "lend_slot"]
 
 #: Seconds between two looks at whether the task around a call was cancelled.
 LOOK = 0.5
@@ -40,6 +40,11 @@ def current(client: Client | None) -> Client:
     return client
 
 
+def in_task() -> bool:
+    """Whether this thread runs a Dask task."""
+    return getattr(thread_state, "key", None) is not None
+
+
 def call(client: Client, function: Callable[..., Coroutine[Any, Any, Any]], *args: Any, **kwargs: Any) -> Any:
     """Run a coroutine function on the client's loop, whichever way the caller works.
 
@@ -61,7 +66,7 @@ def call(client: Client, function: Callable[..., Coroutine[Any, Any, Any]], *arg
 
 def lend_slot() -> bool:
     """Lend out the slot of the Dask task this is called in, to tasks it will wait for; whether there was one."""
-    if getattr(thread_state, "key", None) is None:
+    if not in_task():
         return False
     try:
         secede()

@@ -3,18 +3,38 @@
 >>> import dask_xgboost
 >>> booster = dask_xgboost.train(client, {"objective": "binary:logistic"}, df, "late")  # doctest: +SKIP
 >>> dask_xgboost.predict(client, booster, df[booster.feature_names])                    # doctest: +SKIP
+>>> dask_xgboost.XGBClassifier(n_estimators=50).fit(X, y).predict_proba(X)              # doctest: +SKIP
 """
 
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dask_xgboost.dmatrix import DMatrix
+    from dask_xgboost.estimators import XGBClassifier, XGBRanker, XGBRegressor, XGBRFClassifier, XGBRFRegressor
     from dask_xgboost.prediction import predict
     from dask_xgboost.training import train
 
-__all__ = ["DMatrix", "predict", "train"]
+__all__ = [
+    "DMatrix",
+    "XGBClassifier",
+    "XGBRFClassifier",
+    "XGBRFRegressor",
+    "XGBRanker",
+    "XGBRegressor",
+    "predict",
+    "train",
+]
 
-_HOMES = {"DMatrix": "dmatrix", "predict": "prediction", "train": "training"}
+_HOMES = {
+    "DMatrix": "dmatrix",
+    "XGBClassifier": "estimators",
+    "XGBRFClassifier": "estimators",
+    "XGBRFRegressor": "estimators",
+    "XGBRanker": "estimators",
+    "XGBRegressor": "estimators",
+    "predict": "prediction",
+    "train": "training",
+}
 
 
 def __getattr__(name: str) -> Any:
