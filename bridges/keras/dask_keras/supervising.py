@@ -19,7 +19,6 @@ from dask_bridges.errors import DataError, MemberLost, PlacementError
 from dask_bridges.events import Event, Log, Metrics
 from dask_bridges.gang import Gang, GangPlan
 from dask_bridges.partitions import Partitions, Prepared
-from dask_bridges.placement import WorkerInfo
 from dask_bridges.processes import Environment
 from dask_keras import checks, upstream
 from dask_keras.hosting import Rank, host_rank
@@ -206,11 +205,12 @@ class Supervised:
 
     async def _places(self) -> list[str]:
         """Addresses of the workers that are to train: after a loss those of before, as far as they come back."""
-        timeout = config.seconds("timeout", self.options["timeout"])
+        client, timeout = self.client, config.seconds("timeout", self.options["timeout"])
         named = None if isinstance(self.workers, int) else self.workers
         if self._names:
-            return [worker.address for worker in await self._back()]
-        chosen = await placement.usable_workers(self.client, named, timeout)
+            others = not isinstance(self.workers, str | Sequence)
+            return [worker.address for worker in await placement.workers_back(client, self._names, others=others)]
+        chosen = await placement.usable_workers(client, named, timeout)
         if isinstance(self.workers, int):
             if not 1 <= self.workers <= len(chosen):
                 there = ", ".join(worker.address for worker in chosen)
@@ -230,28 +230,6 @@ class Supervised:
         if not left:
             raise PlacementError("all workers that were to train have left the cluster while the data were computed")
         return left
-
-    async def _back(self) -> list[WorkerInfo]:
-        """The workers of before by name, waited for a while; others in the place of those that stay away."""
-        wait = config.seconds("worker-return-timeout")
-        try:
-            async with asyncio.timeout(wait):
-                while True:
-                    there = await placement.usable_workers(self.client)
-                    by_name = {worker.name: worker for worker in there}
-                    if all(name in by_name for name in self._names):
-                        return [by_name[name] for name in self._names]
-                    if not isinstance(self.workers, str | Sequence) and len(there) >= len(self._names):
-                        return there[: len(self._names)]
-                    await asyncio.sleep(0.1)
-        except TimeoutError:
-            there = await placement.usable_workers(self.client)
-            left = [worker for worker in there if worker.name in self._names]
-            others = [] if isinstance(self.workers, str | Sequence) else [w for w in there if w not in left]
-            found = (left + others)[: len(self._names)]
-            if not found:
-                raise PlacementError(f"none of the workers {self._names} is left, and none came back") from None
-            return found
 
     def _work(
         self, parts: Sequence[Partitions], ranks: Sequence[str], step: int | None
