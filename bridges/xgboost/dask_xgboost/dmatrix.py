@@ -15,7 +15,7 @@ from dask_bridges.errors import DataError
 from dask_xgboost import checks
 from dask_xgboost.blocks import FIELDS, BlockInfo, inspect
 
-__all__ = ["DMatrix", "MatrixOptions", "MatrixSpec", "place", "prepare"]
+__all__ = ["DMatrix", "MatrixOptions", "MatrixSpec", "place", "prepare", "replace"]
 
 PACKAGES = ("dask_bridges", "dask_xgboost", "xgboost")
 
@@ -278,15 +278,45 @@ def prepare(client: Client, matrices: Sequence[DMatrix]) -> None:
 
 async def place(client: Client, matrices: Sequence[DMatrix], workers: Sequence[str] | None) -> None:
     """Compute and check the partitions of prepared matrices in one go; those that are placed stay as they are."""
-    new = [(matrix, matrix._prepared) for matrix in matrices if matrix._loaded is None and matrix._prepared is not None]
+    new = [matrix for matrix in matrices if matrix._loaded is None]
     if not new:
         return
     names = [info.address for info in await placement.usable_workers(client, workers)]
     await placement.check_packages(client, names, PACKAGES, remedy=' ("dask-bridges[xgboost]")')
-    sets = [(prepared, functools.partial(inspect, columns=tuple(matrix.columns.items()))) for matrix, prepared in new]
-    for (matrix, _), loaded in zip(new, await partitions.load_all(client, sets, workers=workers and names)):
-        matrix._loaded, matrix._prepared = loaded, None
+    for matrix, loaded in zip(new, await _loaded(client, new, workers and names)):
+        matrix._loaded = loaded
         matrix._check()
+
+
+async def replace(client: Client, matrices: Sequence[DMatrix], workers: Sequence[str] | None) -> None:
+    """Compute again what was lost of placed matrices; what workers still have is used.
+
+    Parameters
+    ----------
+    client : Client
+    matrices : sequence of DMatrix
+    workers : sequence of str, optional
+        Addresses where it may be computed.
+    """
+    hurt = []
+    for matrix in matrices:
+        if lost := await matrix.parts.lost(client):
+            for part in lost:  # those that were moved would wait for the worker that is gone
+                matrix.parts.futures[part].release()
+            hurt.append(matrix)
+    for matrix, loaded in zip(hurt, await _loaded(client, hurt, workers)):
+        loaded.split(client, len(matrix.parts.filled()))
+        matrix._loaded = loaded
+
+
+async def _loaded(
+    client: Client, matrices: Sequence[DMatrix], workers: Sequence[str] | None
+) -> list[partitions.Partitions]:
+    sets = []
+    for matrix in matrices:
+        assert matrix._prepared is not None
+        sets.append((matrix._prepared, functools.partial(inspect, columns=tuple(matrix.columns.items()))))
+    return await partitions.load_all(client, sets, workers=workers) if sets else []
 
 
 def _label(y: Any, label: Any) -> Any:
