@@ -1,9 +1,11 @@
 """A training that is interrupted between two segments gives the same model as one that is not."""
 
 import threading
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import xgboost as xgb
 
@@ -30,7 +32,7 @@ class Kept:
     def keep(self, booster: Any, history: Any, done: int) -> None:
         remembered = tuple(resuming._remembered(callback) for callback in self.callbacks)
         model = bytes(booster.save_raw("ubj"))
-        self.states.append(State(done, model, resuming.plain(history), remembered, (), ()))
+        self.states.append(State(done, model, booster.save_config(), resuming.plain(history), remembered, (), ()))
         if done == self.stop:
             raise StopHereError
 
@@ -83,6 +85,30 @@ def test_an_interrupted_training_goes_on_to_the_same_model(data: Any, kind: str)
         assert [len(values) for log in whole.values() for values in log.values()] == [TOTAL]
 
 
+RANKED = {"objective": "rank:ndcg", "lambdarank_pair_method": "mean"}
+
+
+@pytest.mark.parametrize("kind", ["custom objective", "ranking", "categories"])
+def test_what_else_goes_on_to_the_same_model(data: Any, kind: str) -> None:
+    X, signal = data
+    params: dict[str, Any] = {"subsample": 0.7, "colsample_bynode": 0.6}
+    if kind == "ranking":
+        matrix = xgb.QuantileDMatrix(X, np.digitize(signal, [-0.5, 0.5]), qid=np.repeat(np.arange(50), 10))
+        params |= RANKED
+    elif kind == "categories":
+        frame = pd.DataFrame(X).assign(kind=pd.Categorical(np.digitize(signal, [-0.5, 0, 0.5]).astype(str)))
+        matrix = xgb.QuantileDMatrix(frame, signal, enable_categorical=True)
+    else:
+        matrix = xgb.QuantileDMatrix(X, signal)
+    plan = rounds(params)
+    if kind == "custom objective":
+        plan = replace(plan, obj=lambda margins, rows: (margins - rows.get_label(), np.ones(len(margins))))
+    model, kept = plan.boost(matrix, [], None, None)[0], Kept(stop=2 * EVERY)
+    with pytest.raises(StopHereError):
+        plan.boost(matrix, [], kept, None)  # type: ignore[arg-type]
+    assert plan.boost(matrix, [], None, kept.states[-1])[0].save_raw("ubj") == model.save_raw("ubj")
+
+
 @pytest.mark.parametrize("kind", ["rows", "columns", "dart"])
 def test_a_segment_draws_anew_and_the_first_one_as_ever(data: Any, kind: str) -> None:
     X, signal = data
@@ -133,7 +159,15 @@ def test_a_store_gives_back_what_was_kept_and_refuses_another_training(data: Any
     keeping = Keeping(EVERY, checkpoints, {"params": {"eta": "1"}})
     model, history = rounds({}, callbacks).boost(matrix, [(matrix, "train")], None, None)
     remembered = tuple(map(resuming._remembered_plainly, callbacks))
-    kept = State(8, bytes(model.save_raw("ubj")), history, remembered, matrix.get_quantile_cut(), ((0, 1), (1,)))
+    kept = State(
+        8,
+        bytes(model.save_raw("ubj")),
+        model.save_config(),
+        history,
+        remembered,
+        matrix.get_quantile_cut(),
+        ((0, 1), (1,)),
+    )
     assert resuming.load(checkpoints, keeping.training, TOTAL) is None
     resuming._save(checkpoints, kept, keeping.training)
     found = resuming.load(checkpoints, keeping.training, TOTAL)
@@ -177,3 +211,14 @@ def test_cuts_are_had_again_from_a_reference(kind: str, max_bin: int) -> None:
     again = cuts.reference(matrix.get_quantile_cut(), max_bin, None)
     assert again is not None
     assert all(map(np.array_equal, again.get_quantile_cut(), matrix.get_quantile_cut()))
+
+
+def test_what_upstream_does_not_save_is_still_not_saved(data: Any) -> None:
+    """When this fails, `lambdarank_unbiased` may be kept as well (`dask_xgboost.training._unkept`)."""
+    X, signal = data
+    matrix = xgb.QuantileDMatrix(X, np.digitize(signal, [-0.5, 0.5]), qid=np.repeat(np.arange(50), 10))
+    plan, kept = rounds(RANKED | {"lambdarank_unbiased": True}), Kept(stop=EVERY)
+    with pytest.raises(StopHereError):
+        plan.boost(matrix, [], kept, None)  # type: ignore[arg-type]
+    with pytest.raises(xgb.core.XGBoostError, match="iter == 0"):
+        plan.boost(matrix, [], None, kept.states[-1])

@@ -73,7 +73,10 @@ class Rounds:
     def _begin(self, matrices: Sequence[Any], state: State | None) -> xgb.Booster:
         if state is None:
             return xgb.Booster(self.params, matrices, model_file=None if self.model is None else bytearray(self.model))
-        return xgb.Booster({**self.params, **self._seed(state.round)}, matrices, model_file=bytearray(state.model))
+        booster = xgb.Booster(self.params, matrices, model_file=bytearray(state.model))
+        booster.load_config(state.config)
+        booster.set_param({"nthread": self.params.get("nthread", 0), **self._seed(state.round)})
+        return booster
 
     def _begin_segment(self, booster: xgb.Booster, number: int) -> None:
         """Bring XGBoost's random numbers to where a booster has them that is loaded now.

@@ -16,7 +16,7 @@ from dask_xgboost.communicator import capture_log, communicator
 from dask_xgboost.dmatrix import MatrixSpec
 from dask_xgboost.matrices import build
 from dask_xgboost.metrics import AREAS, GlobalMetrics
-from dask_xgboost.resuming import Keeper, Keeping, State
+from dask_xgboost.resuming import Keeper, Keeping, State, left_behind
 
 __all__ = ["TrainResult", "TrainSpec", "train_rank"]
 
@@ -82,7 +82,7 @@ def train_rank(member: WorkerMember, spec: TrainSpec) -> TrainResult | None:
     communicator is thread-local.
     """
     loop = spec.loop
-    with capture_log(member), communicator(member, loop.tracker_host, loop.tracker_port):
+    with left_behind(member), capture_log(member), communicator(member, loop.tracker_host, loop.tracker_port):
         matrix, evals = _matrices(member, spec)
         with member.span("compute"):
             booster, history = _boost(member, spec, matrix, evals)
@@ -150,12 +150,10 @@ def _boost(
         obj=loop.obj,
         custom_metric=custom,
     )
-    if spec.keeping is None:
-        booster, history = rounds.boost(matrix, evals, None, spec.state)
-    else:
+    keeper = None
+    if spec.keeping is not None:
         keeper = Keeper(member, spec.keeping, remembering, matrix.get_quantile_cut())
-        with keeper.at_work():
-            booster, history = rounds.boost(matrix, evals, keeper, spec.state)
+    booster, history = rounds.boost(matrix, evals, keeper, spec.state)
     if areas:
         default = params.get("disable_default_eval_metric", 0)
         booster.set_param([("disable_default_eval_metric", default), *(("eval_metric", name) for name in areas)])

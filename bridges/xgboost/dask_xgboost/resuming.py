@@ -21,11 +21,11 @@ from dask_bridges.checkpoints import Checkpoints
 from dask_bridges.errors import DataError
 from dask_bridges.task import WorkerMember
 
-__all__ = ["Keeper", "Keeping", "State", "at", "collect", "load", "plain", "restore"]
+__all__ = ["Keeper", "Keeping", "State", "at", "collect", "left_behind", "load", "plain", "restore"]
 
 logger = logging.getLogger(__name__)
 
-#: Seconds for which a member that has failed leaves its state to the client, and the client waits for it.
+#: Seconds for which a member that has ended leaves its state to the client, and for which the client asks.
 LEFT_FOR = 60.0
 ANSWER_WITHIN = 10.0
 
@@ -43,6 +43,8 @@ class State:
         Rounds that are over.
     model : bytes
         The booster.
+    config : str
+        Its parameters as they are now, and what objectives know beside the model.
     history : dict
         ``{name: {metric: [value, ...]}}``.
     callbacks : tuple of dict
@@ -55,6 +57,7 @@ class State:
 
     round: int
     model: bytes
+    config: str
     history: dict[str, dict[str, list[float]]]
     callbacks: tuple[dict[str, Any], ...]
     cuts: Cuts
@@ -105,6 +108,21 @@ def at(checkpoint: str | Path | Checkpoints) -> Checkpoints:
 _kept: dict[tuple[str, str], tuple[int, State]] = {}  # by worker and gang, with the rank
 
 
+def _key(member: WorkerMember) -> tuple[str, str]:
+    return member.worker.address, member.gang
+
+
+@contextlib.contextmanager
+def left_behind(member: WorkerMember) -> Iterator[None]:
+    """While a rank trains: what it keeps is there for the client when it has ended, and not for ever."""
+    try:
+        yield
+    finally:
+        if (key := _key(member)) in _kept:
+            loop = member.worker.loop
+            loop.add_callback(loop.call_later, LEFT_FOR, _kept.pop, key, None)
+
+
 class Keeper:
     """Keeps the state of a rank while it trains.
 
@@ -120,18 +138,6 @@ class Keeper:
 
     def __init__(self, member: WorkerMember, keeping: Keeping, callbacks: Sequence[Any], cuts: Cuts) -> None:
         self._member, self._keeping, self._callbacks, self._cuts = member, keeping, callbacks, cuts
-        self._key = (member.worker.address, member.gang)
-
-    @contextlib.contextmanager
-    def at_work(self) -> Iterator[None]:
-        """While the rank trains. What it has kept when it fails is left to the client for a while."""
-        try:
-            yield
-        except BaseException:
-            loop = self._member.worker.loop
-            loop.add_callback(loop.call_later, LEFT_FOR, _kept.pop, self._key, None)
-            raise
-        _kept.pop(self._key, None)
 
     def keep(self, booster: Any, history: Any, done: int) -> None:
         """Keep the state after so many rounds."""
@@ -142,13 +148,14 @@ class Keeper:
         state = State(
             done,
             bytes(booster.save_raw("ubj")),
+            booster.save_config(),
             plain(history),
             tuple(remembered(callback) for callback in self._callbacks),
             self._cuts,
             self._keeping.placement,
         )
         if checkpoints is None:
-            _kept[self._key] = (self._member.rank, state)
+            _kept[_key(self._member)] = (self._member.rank, state)
         else:
             _save(checkpoints, state, self._keeping.training)
 
@@ -189,7 +196,12 @@ def _remembered_plainly(callback: Any) -> dict[str, Any]:
 
 
 def _save(checkpoints: Checkpoints, state: State, training: dict[str, Any]) -> None:
-    files = {"model.ubj": state.model, "pointers.npy": _array(state.cuts[0]), "cuts.npy": _array(state.cuts[1])}
+    files = {
+        "model.ubj": state.model,
+        "config.json": state.config.encode(),
+        "pointers.npy": _array(state.cuts[0]),
+        "cuts.npy": _array(state.cuts[1]),
+    }
     meta = {
         "history": state.history,
         "callbacks": list(state.callbacks),
@@ -225,6 +237,7 @@ def load(checkpoints: Checkpoints, training: dict[str, Any], rounds: int) -> Sta
     return State(
         newest,
         kept.files["model.ubj"],
+        kept.files["config.json"].decode(),
         meta["history"],
         tuple(meta["callbacks"]),
         (np.load(io.BytesIO(kept.files["pointers.npy"])), np.load(io.BytesIO(kept.files["cuts.npy"]))),

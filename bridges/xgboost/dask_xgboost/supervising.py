@@ -93,6 +93,7 @@ class Supervised:
     async def _attempts(self) -> TrainResult:
         state: State | None = None
         furthest, barren, restarts = -1, 0, 0
+        earlier: BridgeError | None = None
         if self.keeping is not None and self.keeping.checkpoints is not None:
             await asyncio.to_thread(self.keeping.checkpoints.check)
         while True:
@@ -102,7 +103,7 @@ class Supervised:
                 state = await self._stored() or state
                 if state is not None:
                     await self._place_as(state.placement)
-                return await self._attempt(restarts + 1, state, reached)
+                result = await self._attempt(restarts + 1, state, reached)
             except (MemberLost, WorkerLeft) as lost:
                 state = await self._kept() or state
                 come = max(reached.rounds, state.round if state is not None else 0)
@@ -110,11 +111,16 @@ class Supervised:
                 furthest = max(come, furthest)
                 if self._is_over(lost, restarts, barren, furthest):
                     raise
-                restarts += 1
+                restarts, earlier = restarts + 1, lost
                 logger.warning("%s It goes on from round %d.", lost, state.round if state is not None else 0)
-            except BridgeError:
+            except BridgeError as error:
                 await self._kept(wanted=False)
+                error.__cause__ = error.__cause__ or earlier
                 raise
+            else:
+                if self.loop.num_boost_round > self.loop.segment:
+                    await self._kept(wanted=False)
+                return result
 
     def _is_over(self, lost: BridgeError, restarts: int, barren: int, furthest: int) -> bool:
         """Whether a loss ends the training; where it does after others, it is told of them."""

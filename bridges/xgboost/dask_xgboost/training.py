@@ -189,7 +189,7 @@ def train(
         xgb_model=_raw(xgb_model),
         tracker_host=config.get("xgboost.tracker-host", tracker_host),
         tracker_port=config.get("xgboost.tracker-port", tracker_port),
-        segment=_segment(settings, checkpoint_every, num_boost_round),
+        segment=max(1, num_boost_round) if _unkept(settings) else checkpoint_every,
     )
     port_range(loop.tracker_port, "tracker_port")
     if early_stopping_rounds and not evals:
@@ -212,9 +212,12 @@ def train(
     return clients.call(client, training.run, evals_result)
 
 
-def _segment(params: Mapping[str, Any], every: int, rounds: int) -> int:
-    """Rounds of a segment; all of them where trees are updated, which no checkpoint could hold half of."""
-    return max(1, rounds) if params.get("process_type") == "update" else every
+def _unkept(params: Mapping[str, Any]) -> str | None:
+    """The parameter for which a booster between two rounds is not all that XGBoost goes on from."""
+    if params.get("process_type") == "update":
+        return "process_type='update'"
+    unbiased = str(params.get("lambdarank_unbiased", "")).lower() in ("true", "1")
+    return "lambdarank_unbiased" if unbiased else None
 
 
 def _keeping(
@@ -223,9 +226,11 @@ def _keeping(
     for name, value, least in (("checkpoint_every", every, 1), ("max_restarts", max_restarts, 0)):
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise ValueError(f"{name}={value!r}: give a whole number from {least}")
-    if params.get("process_type") == "update":
+    if parameter := _unkept(params):
         if checkpoint is not None:
-            raise ValueError("process_type='update' changes trees in place, of which no checkpoint can be kept")
+            raise ValueError(
+                f"{parameter} has state in XGBoost of which no checkpoint can be kept: leave checkpoint out"
+            )
         return None
     if checkpoint is not None:
         return Keeping(every, resuming.at(checkpoint), {})
