@@ -282,7 +282,7 @@ async def collect(client: Client, gang: str, workers: Sequence[str], *, wanted: 
                     newest += (await client.run(_take, gang, workers=[worker])).values()
             await client.run(_forget, gang, workers=left, on_error="ignore")
     except (OSError, TimeoutError) as error:
-        logger.warning("[gang %s] what the ranks have kept cannot be had: %s", gang, error)
+        logger.warning("[gang %s] what the ranks have kept cannot be had: %r", gang, error)
     return newest[0] if newest else None
 
 

@@ -105,14 +105,23 @@ class Supervised:
                     await self._place_as(state.placement)
                 result = await self._attempt(restarts + 1, state, reached)
             except (MemberLost, WorkerLeft) as lost:
+                if not self.max_restarts or self._is_taken_away():
+                    raise
                 state = await self._kept() or state
                 come = max(reached.rounds, state.round if state is not None else 0)
-                barren = 0 if come > furthest else barren + 1
+                if isinstance(lost, MemberLost):  # and not while the data were placed, which tells of no bug
+                    barren = 0 if come > furthest else barren + 1
                 furthest = max(come, furthest)
-                if self._is_over(lost, restarts, barren, furthest):
+                if barren >= BARREN:
+                    lost.add_note(
+                        f"The last {BARREN} attempts, of {restarts + 1}, came no further than round {furthest}."
+                    )
+                    raise
+                if restarts >= self.max_restarts:
+                    lost.add_note(f"It was started again as often as max_restarts={self.max_restarts} allows.")
                     raise
                 restarts, earlier = restarts + 1, lost
-                logger.warning("%s It goes on from round %d.", lost, state.round if state is not None else 0)
+                logger.warning("%s It goes on from what was kept; round %d had been reached.", lost, come)
             except BridgeError as error:
                 await self._kept(wanted=False)
                 error.__cause__ = error.__cause__ or earlier
@@ -122,21 +131,10 @@ class Supervised:
                     await self._kept(wanted=False)
                 return result
 
-    def _is_over(self, lost: BridgeError, restarts: int, barren: int, furthest: int) -> bool:
-        """Whether a loss ends the training; where it does after others, it is told of them."""
-        cancelled = any(
-            future.status == "cancelled"
-            for matrix in self.matrices
-            if matrix._loaded is not None
-            for future in matrix.parts.futures
-        )
-        if not self.max_restarts or self.client.status != "running" or cancelled:
-            return True
-        if barren >= BARREN:
-            lost.add_note(f"Its last {BARREN} attempts, of {restarts + 1}, came no further than round {furthest}.")
-        elif restarts >= self.max_restarts:
-            lost.add_note(f"It was started again {restarts} times, as max_restarts={self.max_restarts} allows.")
-        return barren >= BARREN or restarts >= self.max_restarts
+    def _is_taken_away(self) -> bool:
+        """Whether there is nothing to go on with: the scheduler is gone, or the data are, as by `Client.restart`."""
+        held = [matrix.parts.futures for matrix in self.matrices if matrix._loaded is not None]
+        return self.client.status != "running" or any(f.status == "cancelled" for futures in held for f in futures)
 
     async def _attempt(self, number: int, state: State | None, reached: _Reached) -> TrainResult:
         plan = GangPlan(

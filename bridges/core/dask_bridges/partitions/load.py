@@ -188,8 +188,8 @@ class Partitions:
         return [part for part, future in enumerate(self.futures) if not where.get(future.key)]
 
     async def _holders(self, client: Client) -> list[Sequence[str]]:
-        """The workers that have each part, once it is there."""
-        await _done(self.futures)
+        """The workers that have each part, once it is there: one that was moved to a worker comes back with it only."""
+        await _arrived(client, self.futures, set(self.workers))
         where = await client.scheduler.who_has(keys=[future.key for future in self.futures])
         return [where.get(future.key, ()) for future in self.futures]
 
