@@ -156,7 +156,7 @@ def test_a_store_gives_back_what_was_kept_and_refuses_another_training(data: Any
     X, signal = data
     matrix = xgb.QuantileDMatrix(X, signal)
     checkpoints, callbacks = Checkpoints(tmp_path / "kept"), [xgb.callback.EarlyStopping(rounds=3)]
-    keeping = Keeping(EVERY, checkpoints, {"params": {"eta": "1"}})
+    keeping = Keeping(checkpoints, {"params": {"eta": "1"}})
     model, history = rounds({}, callbacks).boost(matrix, [(matrix, "train")], None, None)
     remembered = tuple(map(resuming._remembered_plainly, callbacks))
     kept = State(

@@ -9,7 +9,7 @@ import json
 import logging
 import pickle
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -66,12 +66,10 @@ class State:
 
 @dataclass(frozen=True)
 class Keeping:
-    """Where and how often the state is kept.
+    """Where the state is kept.
 
     Attributes
     ----------
-    every : int
-        Rounds between two.
     checkpoints : Checkpoints or None
         Where rank 0 writes; without, every rank keeps its own in its worker's memory.
     training : dict
@@ -80,9 +78,8 @@ class Keeping:
         See `State`.
     """
 
-    every: int
     checkpoints: Checkpoints | None
-    training: dict[str, Any]
+    training: dict[str, Any] = field(default_factory=dict)
     placement: Placement = ()
 
 

@@ -233,8 +233,8 @@ def _keeping(
             )
         return None
     if checkpoint is not None:
-        return Keeping(every, resuming.at(checkpoint), {})
-    return Keeping(every, None, {}) if max_restarts else None
+        return Keeping(resuming.at(checkpoint))
+    return Keeping(None) if max_restarts else None
 
 
 def _matrix(client: Client, X: Any, fields: dict[str, Any], options: MatrixOptions, role: str) -> DMatrix:
