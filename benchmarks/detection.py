@@ -66,7 +66,10 @@ def in_child(client: Client, X: Any, y: Any, fault: Any) -> Any:
 
 
 def ours(client: Client, X: Any, y: Any, fault: Any) -> Any:
-    return dask_xgboost.train(client, PARAMS, X, y, num_boost_round=ROUNDS, callbacks=[Faulty(fault)], progress=False)
+    callbacks = [Faulty(fault)]
+    return dask_xgboost.train(
+        client, PARAMS, X, y, num_boost_round=ROUNDS, callbacks=callbacks, progress=False, max_restarts=0
+    )
 
 
 def theirs(client: Client, X: Any, y: Any, fault: Any) -> Any:

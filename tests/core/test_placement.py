@@ -185,3 +185,21 @@ def test_plain_traffic_is_allowed_by_argument_or_configuration_or_where_all_is_p
         placement.refuse_plaintext(client_of("tls://10.0.0.1:8786"), None, "it")
         with pytest.raises(PlacementError):
             placement.refuse_plaintext(client_of("tls://10.0.0.1:8786"), False, "it")
+
+
+def test_workers_of_before_are_waited_for_and_come_in_their_order(bridges_client: Client) -> None:
+    there = usable(bridges_client)
+    names = [worker.name for worker in reversed(there)]
+
+    def back(names: list[str], *, others: bool) -> list[str]:
+        found = bridges_client.sync(placement.workers_back, bridges_client, names, others=others)
+        return [worker.name for worker in found]
+
+    with dask.config.set({"dask-bridges.worker-return-timeout": "60s"}):
+        assert back(names, others=False) == names
+        assert back([names[2], "away"], others=True) == [names[2], names[1]]  # another in its place, at once
+    with dask.config.set({"dask-bridges.worker-return-timeout": "10ms"}):
+        assert back([names[2], "away"], others=False) == [names[2]]
+        assert sorted(back([*names, "away"], others=True)) == sorted(names)
+        with pytest.raises(PlacementError, match=r"none of the workers \['away'\] is left, and none came back"):
+            back(["away"], others=False)

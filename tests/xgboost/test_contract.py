@@ -28,6 +28,8 @@ class XGBoost(Contract):
     def train(
         self, client: Client | None, X: Any, y: Any, *, fault: Any = None, rounds: int = 3, **options: Any
     ) -> Any:
+        """Without restarts: the contract is of how losses are found and told."""
+        options.setdefault("max_restarts", 0)
         callbacks = [] if fault is None else [_Faulty(fault)]
         return dask_xgboost.train(client, PARAMS, X, y, num_boost_round=rounds, callbacks=callbacks, **options)
 
@@ -54,6 +56,7 @@ class TestXGBoost(XGBoost, RunContract, TurnContract):
     test_waits_for_the_first_worker_of_an_adaptive_cluster = None
     test_a_worker_that_joins_later_is_left_out = None
 
+    told_within = FailureContract.told_within
     test_the_root_cause_is_raised = FailureContract.test_the_root_cause_is_raised_and_the_workers_are_free
     test_a_killed_member_is_named = FailureContract.test_a_killed_member_is_named_and_the_next_training_runs
 

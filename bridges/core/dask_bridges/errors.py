@@ -23,6 +23,10 @@ class PlacementError(BridgeError):
     """
 
 
+class WorkerLeft(PlacementError):  # noqa: N818 - in a row with MemberLost
+    """A worker left the cluster before its member was there."""
+
+
 class DataError(BridgeError, ValueError):
     """The data cannot be trained on as it is.
 

@@ -18,7 +18,7 @@ from distributed import Client, Future
 
 from dask_bridges import config, turns
 from dask_bridges.config import Deadlines
-from dask_bridges.errors import GangTimeout, MemberFailed, MemberLost, PlacementError
+from dask_bridges.errors import GangTimeout, MemberFailed, MemberLost, PlacementError, WorkerLeft
 from dask_bridges.events import Event, EventStream, Log, Lost, Span, Started, topic_of
 from dask_bridges.member import MemberSpec, never_collateral
 from dask_bridges.rootcause import RootCause
@@ -196,7 +196,7 @@ class Gang:
                 self._emit(Span, kind="wait", seconds=time.monotonic() - start)
                 return tuple(answer["granted"])
             if "lacking" in answer:
-                raise PlacementError(self._lacking(answer))
+                raise WorkerLeft(self._lacking(answer))
             told = self._tell_wait(answer["waiting_for"], told)
             if left <= notice:
                 raise GangTimeout(

@@ -15,7 +15,7 @@ from distributed import Client
 from dask_bridges import config, probe
 from dask_bridges.errors import PlacementError
 
-__all__ = ["WorkerInfo", "check_packages", "refuse_plaintext", "usable_workers"]
+__all__ = ["WorkerInfo", "check_packages", "refuse_plaintext", "usable_workers", "workers_back"]
 
 cloudpickle.register_pickle_by_value(probe)
 
@@ -87,6 +87,46 @@ async def usable_workers(
             "Paused workers have used up their memory: give them more, or free what they hold."
         )
     return running
+
+
+async def workers_back(client: Client, names: Sequence[str], *, others: bool) -> list[WorkerInfo]:
+    """The workers of before, in their order, once they are back; waits for ``dask-bridges.worker-return-timeout``.
+
+    Parameters
+    ----------
+    client : Client
+    names : sequence of str
+        By which a nanny starts them again.
+    others : bool
+        Whether others may take the place of those that stay away.
+
+    Raises
+    ------
+    PlacementError
+        If there is none of them, and no other in their place, after ``dask-bridges.timeout``.
+    """
+    try:
+        async with asyncio.timeout(config.seconds("worker-return-timeout")):
+            while True:
+                there = await _running(client)
+                by_name = {worker.name: worker for worker in there}
+                if all(name in by_name for name in names):
+                    return [by_name[name] for name in names]
+                spare = [worker for worker in there if worker.name not in names]
+                if others and len(there) >= len(names):
+                    return [by_name[name] if name in by_name else spare.pop(0) for name in names]
+                await asyncio.sleep(0.1)
+    except TimeoutError:
+        there = await usable_workers(client)
+        found = [worker for worker in there if worker.name in names]
+        found += [worker for worker in there if others and worker not in found]
+        if not found:
+            raise PlacementError(f"none of the workers {[*names]} is left, and none came back") from None
+        return found[: len(names)]
+
+
+async def _running(client: Client) -> list[WorkerInfo]:
+    return [worker for worker in await _workers(client) if worker.status == "running"]
 
 
 async def _first_worker(client: Client, timeout: float) -> None:

@@ -219,11 +219,13 @@ class Supervised:
 
     async def _places(self) -> list[str]:
         """Addresses of the workers that are to train: after a loss those of before, as far as they come back."""
-        timeout = config.seconds("timeout", self.options["timeout"])
+        client, timeout = self.client, config.seconds("timeout", self.options["timeout"])
         named = None if isinstance(self.workers, int) else self.workers
         if self._names:
-            return [worker.address for worker in await self._back()]
-        usable = await placement.usable_workers(self.client, named, timeout)
+            others = not isinstance(self.workers, str | Sequence)
+            back = await placement.workers_back(client, self._names, others=others)
+            return [worker.address for worker in await self._with_devices(back)]
+        usable = await placement.usable_workers(client, named, timeout)
         chosen = await self._with_devices(usable)
         if named is not None and len(chosen) < len(usable):
             left = ", ".join(worker.address for worker in usable if worker not in chosen)
@@ -271,28 +273,6 @@ class Supervised:
         if not left:
             raise PlacementError("all workers that were to train have left the cluster while the data were computed")
         return left
-
-    async def _back(self) -> list[WorkerInfo]:
-        """The workers of before by name, waited for a while; others in the place of those that stay away."""
-        wait = config.seconds("worker-return-timeout")
-        try:
-            async with asyncio.timeout(wait):
-                while True:
-                    there = await self._there()
-                    by_name = {worker.name: worker for worker in there}
-                    if all(name in by_name for name in self._names):
-                        return [by_name[name] for name in self._names]
-                    if not self._named and len(there) >= len(self._names):
-                        return there[: len(self._names)]
-                    await asyncio.sleep(0.1)
-        except TimeoutError:
-            there = await self._there()
-            left = [worker for worker in there if worker.name in self._names]
-            others = [] if self._named else [w for w in there if w not in left]
-            found = (left + others)[: len(self._names)]
-            if not found:
-                raise PlacementError(f"none of the workers {self._names} is left, and none came back") from None
-            return found
 
     def _work(
         self, parts: Sequence[Partitions], ranks: Sequence[str], step: int | None

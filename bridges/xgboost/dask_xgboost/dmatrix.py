@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import asyncio
 import functools
+import time
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from dask.core import flatten
 from distributed import Client
 
-from dask_bridges import clients, partitions, placement
-from dask_bridges.errors import DataError
+from dask_bridges import clients, config, partitions, placement
+from dask_bridges.errors import DataError, PlacementError
 from dask_xgboost import checks
 from dask_xgboost.blocks import FIELDS, BlockInfo, inspect
 
-__all__ = ["DMatrix", "MatrixOptions", "MatrixSpec", "place", "prepare"]
+__all__ = ["DMatrix", "MatrixOptions", "MatrixSpec", "place", "prepare", "replace"]
+
+#: Seconds between looks at whether tasks wait for workers that are gone.
+_LOOK_AGAIN = 1.0
 
 PACKAGES = ("dask_bridges", "dask_xgboost", "xgboost")
 
@@ -278,15 +284,84 @@ def prepare(client: Client, matrices: Sequence[DMatrix]) -> None:
 
 async def place(client: Client, matrices: Sequence[DMatrix], workers: Sequence[str] | None) -> None:
     """Compute and check the partitions of prepared matrices in one go; those that are placed stay as they are."""
-    new = [(matrix, matrix._prepared) for matrix in matrices if matrix._loaded is None and matrix._prepared is not None]
+    new = [matrix for matrix in matrices if matrix._loaded is None]
     if not new:
         return
     names = [info.address for info in await placement.usable_workers(client, workers)]
     await placement.check_packages(client, names, PACKAGES, remedy=' ("dask-bridges[xgboost]")')
-    sets = [(prepared, functools.partial(inspect, columns=tuple(matrix.columns.items()))) for matrix, prepared in new]
-    for (matrix, _), loaded in zip(new, await partitions.load_all(client, sets, workers=workers and names)):
-        matrix._loaded, matrix._prepared = loaded, None
+    for matrix, loaded in zip(new, await _loaded(client, new, workers and names)):
+        matrix._loaded = loaded
         matrix._check()
+
+
+async def replace(client: Client, matrices: Sequence[DMatrix], workers: Sequence[str] | None) -> None:
+    """Compute again what was lost of placed matrices; what workers still have is used.
+
+    Parameters
+    ----------
+    client : Client
+    matrices : sequence of DMatrix
+    workers : sequence of str, optional
+        Addresses where it may be computed.
+
+    Raises
+    ------
+    PlacementError
+        If some of it is bound to workers that are gone.
+    """
+    hurt = []
+    for matrix in matrices:
+        if lost := await matrix.parts.lost(client):
+            for part in lost:  # those that were moved would wait for the worker that is gone
+                matrix.parts.futures[part].release()
+            hurt.append(matrix)
+    if not hurt:
+        return
+    loading = asyncio.ensure_future(_loaded(client, hurt, workers))
+    try:
+        await _until(loading, client, _keys(hurt))
+    finally:
+        loading.cancel()
+        await asyncio.gather(loading, return_exceptions=True)
+    for matrix, loaded in zip(hurt, loading.result()):
+        loaded.split(client, len(matrix.parts.filled()))
+        matrix._loaded = loaded
+
+
+async def _until(loading: asyncio.Future[Any], client: Client, keys: list[Any]) -> None:
+    """Wait, but not for tasks that wait for a worker that is gone."""
+    patience, stuck_since = config.seconds("worker-return-timeout"), time.monotonic()
+    while not (await asyncio.wait({loading}, timeout=_LOOK_AGAIN))[0]:
+        states = await client.scheduler.get_task_status(keys=keys)
+        stuck = [key for key, state in states.items() if state == "no-worker"]
+        if not stuck:
+            stuck_since = time.monotonic()
+        elif time.monotonic() - stuck_since > patience:
+            raise PlacementError(
+                f"lost data cannot be computed again: {len(stuck)} tasks, such as {stuck[0]}, may only run on "
+                "workers that are gone. Persist without workers=, or with allow_other_workers=True"
+            )
+
+
+def _keys(matrices: Sequence[DMatrix]) -> list[Any]:
+    """Of all that may have to be computed, persisted blocks included."""
+    keys: dict[Any, None] = {}
+    for matrix in matrices:
+        assert matrix._prepared is not None
+        keys.update(dict.fromkeys(matrix._prepared.graph))
+        for collection in matrix._prepared.aligned.values():
+            keys.update(dict.fromkeys(flatten(collection.__dask_keys__())))
+    return list(keys)
+
+
+async def _loaded(
+    client: Client, matrices: Sequence[DMatrix], workers: Sequence[str] | None
+) -> list[partitions.Partitions]:
+    sets = []
+    for matrix in matrices:
+        assert matrix._prepared is not None
+        sets.append((matrix._prepared, functools.partial(inspect, columns=tuple(matrix.columns.items()))))
+    return await partitions.load_all(client, sets, workers=workers) if sets else []
 
 
 def _label(y: Any, label: Any) -> Any:

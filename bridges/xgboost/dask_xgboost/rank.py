@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,11 +11,14 @@ import xgboost as xgb
 
 from dask_bridges.devices.members import Wanted
 from dask_bridges.task import WorkerMember
+from dask_xgboost import cuts
+from dask_xgboost.boosting import Rounds
 from dask_xgboost.communicator import capture_log, communicator
 from dask_xgboost.devices import own_gpu
 from dask_xgboost.dmatrix import MatrixSpec
 from dask_xgboost.matrices import build
 from dask_xgboost.metrics import AREAS, GlobalMetrics
+from dask_xgboost.resuming import Keeper, Keeping, State, left_behind
 
 __all__ = ["TrainResult", "TrainSpec", "train_rank"]
 
@@ -35,15 +39,35 @@ class Loop:
     xgb_model: bytes | None = None
     tracker_host: str | None = None
     tracker_port: int | str | tuple[int, int] = 0
+    segment: int = 10
 
 
 @dataclass(frozen=True)
 class TrainSpec:
-    """What one rank is told. An evaluation set of None is the training set itself; `devices` is its worker's GPU."""
+    """What one rank is told.
+
+    Attributes
+    ----------
+    loop : Loop
+    train : MatrixSpec
+    evals : tuple of (MatrixSpec or None, str)
+        None is the training set itself.
+    keeping : Keeping or None
+        Where the state is kept.
+    state : State or None
+        To go on from.
+    same_cuts : bool
+        Whether the cuts are those of `state` as they are, for the rows are elsewhere now.
+    devices : Wanted or None
+        Its worker's GPU.
+    """
 
     loop: Loop
     train: MatrixSpec
     evals: tuple[tuple[MatrixSpec | None, str], ...]
+    keeping: Keeping | None = None
+    state: State | None = None
+    same_cuts: bool = False
     devices: Wanted | None = None
 
 
@@ -65,6 +89,7 @@ def train_rank(member: WorkerMember, spec: TrainSpec) -> TrainResult | None:
     loop = spec.loop
     with (
         own_gpu(member, spec.devices),
+        left_behind(member),
         capture_log(member),
         communicator(member, loop.tracker_host, loop.tracker_port),
     ):
@@ -75,7 +100,7 @@ def train_rank(member: WorkerMember, spec: TrainSpec) -> TrainResult | None:
 def _trained(member: WorkerMember, spec: TrainSpec) -> tuple[xgb.Booster, dict[str, Any]]:
     matrix, evals = _matrices(member, spec)
     with member.span("compute"):
-        return _boost(member, spec.loop, matrix, evals)
+        return _boost(member, spec, matrix, evals)
 
 
 def _matrices(member: WorkerMember, spec: TrainSpec) -> tuple[Any, list[tuple[Any, str]]]:
@@ -85,7 +110,7 @@ def _matrices(member: WorkerMember, spec: TrainSpec) -> tuple[Any, list[tuple[An
         "max_bin": int(params.get("max_bin", MAX_BIN)),
         "nthread": int(_threads(member, params)),
     }
-    matrix, prototype = build(member, spec.train, **binning)
+    matrix, prototype = build(member, spec.train, **binning, ref=_reference(member, spec, binning["max_bin"]))
     evals = []
     for matrix_spec, name in spec.evals:
         if matrix_spec is None:
@@ -95,16 +120,29 @@ def _matrices(member: WorkerMember, spec: TrainSpec) -> tuple[Any, list[tuple[An
     return matrix, evals
 
 
+def _reference(member: WorkerMember, spec: TrainSpec, max_bin: int) -> Any:
+    """What to bin against so that the cuts are those of before; None to find them."""
+    if spec.state is None or not spec.same_cuts:
+        return None
+    matrix = cuts.reference(spec.state.cuts, max_bin, cuts.types(spec.train))
+    if matrix is None and not member.rank:
+        member.log("the cut points are found anew: those of before cannot be had from a reference", logging.WARNING)
+    return matrix
+
+
 def _threads(member: WorkerMember, params: dict[str, Any]) -> Any:
     """The user's number of threads, by either of its names, or the worker's."""
     return params.get("nthread", params.get("n_jobs", member.worker.state.nthreads))
 
 
 def _boost(
-    member: WorkerMember, loop: Loop, matrix: Any, evals: list[tuple[Any, str]]
+    member: WorkerMember, spec: TrainSpec, matrix: Any, evals: list[tuple[Any, str]]
 ) -> tuple[xgb.Booster, dict[str, Any]]:
+    loop = spec.loop
     params = {**loop.params, "nthread": _threads(member, loop.params)}
     params.pop("n_jobs", None)
+    if "random_state" in params:
+        params["seed"] = params.pop("random_state")
     wanted = metric_names(params)
     areas: list[str] = []
     if member.world_size > 1 and not matrix.get_uint_info("group_ptr").size:
@@ -112,26 +150,28 @@ def _boost(
     custom = loop.custom_metric
     if areas or (custom is not None and member.world_size > 1):
         custom = _global_metrics(areas, loop)
-    history: dict[str, Any] = {}
-    booster = xgb.train(
-        _without(params, wanted, areas),
-        matrix,
-        loop.num_boost_round,
-        evals=evals,
+    remembering = list(loop.callbacks)
+    if loop.early_stopping_rounds:
+        stopping = xgb.callback.EarlyStopping(rounds=loop.early_stopping_rounds, maximize=loop.maximize)
+        remembering.append(stopping)
+    rounds = Rounds(
+        params=_without(params, wanted, areas),
+        total=loop.num_boost_round,
+        every=loop.segment,
+        model=loop.xgb_model,
+        callbacks=[_Report(member, loop.num_boost_round, wanted, evals, custom), *remembering],
+        remembering=remembering,
         obj=loop.obj,
         custom_metric=custom,
-        early_stopping_rounds=loop.early_stopping_rounds,
-        maximize=loop.maximize,
-        callbacks=[_Report(member, loop.num_boost_round, wanted, evals, custom), *loop.callbacks],
-        evals_result=history,
-        verbose_eval=False,
-        xgb_model=None if loop.xgb_model is None else bytearray(loop.xgb_model),
     )
+    keeper = None
+    if spec.keeping is not None:
+        keeper = Keeper(member, spec.keeping, remembering, matrix.get_quantile_cut())
+    booster, history = rounds.boost(matrix, evals, keeper, spec.state)
     if areas:
         default = params.get("disable_default_eval_metric", 0)
         booster.set_param([("disable_default_eval_metric", default), *(("eval_metric", name) for name in areas)])
-    plain = {name: {m: [float(v) for v in values] for m, values in log.items()} for name, log in history.items()}
-    return booster, plain
+    return booster, history
 
 
 def _global_metrics(areas: list[str], loop: Loop) -> GlobalMetrics:

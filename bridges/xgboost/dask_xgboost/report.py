@@ -15,11 +15,13 @@ class RoundPrinter:
     def __init__(self, period: bool | int) -> None:
         self.period = int(period)
         self._held: str | None = None
+        self._next = 0
 
     def __call__(self, event: Event) -> None:
         """Print the line of a round, or hold it back in case it is the last."""
-        if not isinstance(event, Metrics):
+        if not isinstance(event, Metrics) or event.step < self._next:  # a round that is done again
             return
+        self._next = event.step + 1
         values = "\t".join(f"{name}:{value:.5f}" for name, value in event.values.items())
         line = f"[{event.step}]\t{values}"
         if event.step % self.period == 0:

@@ -4,31 +4,26 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import warnings
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import xgboost as xgb
-from dask.utils import format_bytes
 from distributed import Client
 
 from dask_bridges import clients, config, placement
-from dask_bridges.devices.members import Wanted
+from dask_bridges.checkpoints import Checkpoints
 from dask_bridges.errors import DataError
-from dask_bridges.gang import Gang, GangPlan
 from dask_bridges.ports import port_range
 from dask_bridges.ui.progress import ProgressBar, wants_bar
-from dask_xgboost import checks
-from dask_xgboost.communicator import is_collective_error
-from dask_xgboost.devices import wants_gpus, with_own_gpus
-from dask_xgboost.dmatrix import PACKAGES, DMatrix, MatrixOptions, _label, place, prepare
-from dask_xgboost.rank import Loop, TrainResult, TrainSpec, train_rank
+from dask_xgboost import checks, resuming
+from dask_xgboost.dmatrix import DMatrix, MatrixOptions, _label
+from dask_xgboost.rank import Loop
 from dask_xgboost.report import RoundPrinter
+from dask_xgboost.resuming import Keeping
+from dask_xgboost.supervising import Supervised
 
 __all__ = ["train"]
-
-#: Objectives whose leaves XGBoost fits rank by rank and then averages.
-_ADAPTIVE = ("reg:absoluteerror", "reg:quantileerror")
 
 
 def train(
@@ -61,6 +56,9 @@ def train(
     max_bin: int | None = None,
     workers: Sequence[str] | None = None,
     progress: bool | None = None,
+    checkpoint: str | Path | Checkpoints | None = None,
+    checkpoint_every: int = 10,
+    max_restarts: int = 3,
     exclusive: bool = True,
     timeout: float | str | None = None,
     allow_plaintext: bool | None = None,
@@ -102,7 +100,9 @@ def train(
     obj, custom_metric, maximize, early_stopping_rounds : optional
         As in `xgboost.train`. Functions run on every worker, on its rows.
     callbacks : sequence of xgboost.callback.TrainingCallback, optional
-        Run on every worker; rank 0's state is copied back into the given objects.
+        Run on every worker; rank 0's state is copied back into the given objects. Where a training goes on after a
+        loss, `before_training` is called again, and then they have back what can be pickled of their state (from
+        `checkpoint`, what JSON can hold).
     xgb_model : Booster, path or bytearray, optional
         A model to go on from.
     verbose_eval : bool or int, default False
@@ -115,6 +115,18 @@ def train(
         Addresses or names of the workers to use.
     progress : bool, optional
         Show a progress bar; by default where a person looks on (terminal, notebook).
+    checkpoint : str, Path or Checkpoints, optional
+        A folder that all hosts share, or any other fsspec URL that they reach: rank 0 keeps the state there, and
+        what is there is gone on from, by this call where workers are lost and by a later one. By default every
+        worker keeps it in its memory, so that all but the loss of all workers at once costs no more than the
+        rounds since then.
+    checkpoint_every : int, default 10
+        Rounds between two. A segment of so many rounds has random numbers of its own, whether anything is kept
+        and lost or not: what is sampled depends on it.
+    max_restarts : int, default 3
+        How often the training is started again on the workers that are left, and those that have come back, when
+        one is lost; two attempts, one after the other, that come no further than those before end it earlier. With
+        0 the loss of a worker ends the training.
     exclusive : bool, default True
         Hold the workers alone: other trainings wait their turn.
     timeout : float or str, optional
@@ -142,7 +154,7 @@ def train(
     MemberFailed
         If training failed on a worker; the original error is its ``__cause__``.
     MemberLost
-        If a worker died.
+        If workers died, more often than `max_restarts` or again and again at the same round.
     ValueError
         If a parameter cannot be used on a cluster.
 
@@ -180,19 +192,52 @@ def train(
         xgb_model=_raw(xgb_model),
         tracker_host=config.get("xgboost.tracker-host", tracker_host),
         tracker_port=config.get("xgboost.tracker-port", tracker_port),
+        segment=max(1, num_boost_round) if _unkept(settings) else checkpoint_every,
     )
     port_range(loop.tracker_port, "tracker_port")
     if early_stopping_rounds and not evals:
         raise DataError("early_stopping_rounds needs rows to look at: pass evals=[(what, name)]")
-    training = _Training(
-        client, loop, matrix, _evals(client, evals or (), X, matrix, given),
-        workers=workers, timeout=timeout, exclusive=exclusive,
-    )  # fmt: skip
-    prepare(client, training.matrices)
     listeners: list[Any] = [RoundPrinter(verbose_eval)] if verbose_eval else []
     if wants_bar(progress):
         listeners.append(ProgressBar("XGBoost"))
-    return clients.call(client, training.run, listeners, evals_result)
+    training = Supervised(
+        client=client,
+        loop=loop,
+        matrix=matrix,
+        evals=_evals(client, evals or (), X, matrix, given),
+        workers=workers,
+        options={"exclusive": exclusive, "timeout": timeout},
+        keeping=_keeping(settings, checkpoint, checkpoint_every, max_restarts),
+        max_restarts=max_restarts,
+        listeners=listeners,
+    )
+    training.prepare()
+    return clients.call(client, training.run, evals_result)
+
+
+def _unkept(params: Mapping[str, Any]) -> str | None:
+    """The parameter for which a booster between two rounds is not all that XGBoost goes on from."""
+    if params.get("process_type") == "update":
+        return "process_type='update'"
+    unbiased = str(params.get("lambdarank_unbiased", "")).lower() in ("true", "1")
+    return "lambdarank_unbiased" if unbiased else None
+
+
+def _keeping(
+    params: Mapping[str, Any], checkpoint: str | Path | Checkpoints | None, every: int, max_restarts: int
+) -> Keeping | None:
+    for name, value, least in (("checkpoint_every", every, 1), ("max_restarts", max_restarts, 0)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ValueError(f"{name}={value!r}: give a whole number from {least}")
+    if parameter := _unkept(params):
+        if checkpoint is not None:
+            raise ValueError(
+                f"{parameter} has state in XGBoost of which no checkpoint can be kept: leave checkpoint out"
+            )
+        return None
+    if checkpoint is not None:
+        return Keeping(resuming.at(checkpoint))
+    return Keeping(None) if max_restarts else None
 
 
 def _matrix(client: Client, X: Any, fields: dict[str, Any], options: MatrixOptions, role: str) -> DMatrix:
@@ -259,150 +304,3 @@ def _raw(model: Any) -> bytes | None:
         return None
     booster = model if isinstance(model, xgb.Booster) else xgb.Booster(model_file=model)
     return bytes(booster.save_raw("ubj"))
-
-
-class _Training:
-    """One call of `train`: data in place, a gang on it, the result in the caller's objects."""
-
-    def __init__(
-        self,
-        client: Client,
-        loop: Loop,
-        matrix: DMatrix,
-        evals: list[tuple[DMatrix, str]],
-        *,
-        workers: Sequence[str] | None,
-        timeout: float | str | None,
-        exclusive: bool,
-    ) -> None:
-        self.client = client
-        self.loop = loop
-        self.matrix = matrix
-        self.evals = evals
-        self.workers = workers
-        self.timeout = timeout
-        self.exclusive = exclusive
-        self.gpus = wants_gpus(loop.params)
-        self.devices: dict[str, Wanted] = {}  # by the workers' addresses, where GPUs train
-
-    @property
-    def matrices(self) -> list[DMatrix]:
-        """The training matrix, and those of the evaluation sets, each once."""
-        return list({id(matrix): matrix for matrix in (self.matrix, *(matrix for matrix, _ in self.evals))}.values())
-
-    async def run(self, listeners: Sequence[Any], evals_result: dict[str, Any] | None) -> xgb.Booster:
-        """Place, train, and bring back rank 0's result."""
-        ranks = await self._place()
-        plan = GangPlan(
-            label="XGBoost training",
-            function=train_rank,
-            payloads=self._specs(ranks),
-            workers=ranks,
-            exclusive=self.exclusive,
-            timeout=self.timeout,
-            collateral=is_collective_error,
-        )
-        gang = Gang(self.client, plan)
-        for listener in listeners:
-            gang.events.listen(listener)
-        try:
-            results = await gang.run()
-        finally:
-            for listener in listeners:
-                getattr(listener, "close", lambda: None)()
-        return self._deliver(results[0], evals_result)
-
-    async def _place(self) -> list[str]:
-        """The workers by rank: those that hold rows of the training set; all data moved to them."""
-        matrices = self.matrices
-        usable = await self._usable()
-        await place(self.client, matrices, [worker.address for worker in usable] if self.devices else self.workers)
-        for matrix in matrices:
-            if self.loop.obj is None:
-                checks.check_labels(matrix.role, self.loop.params, matrix.infos)
-        usable = await self._usable()
-        await self.matrix.parts.spread(self.client, [worker.address for worker in usable])
-        ranks = self.matrix.parts.holding()
-        await placement.check_packages(self.client, ranks, PACKAGES, remedy=' ("dask-bridges[xgboost]")')
-        for matrix in matrices[1:]:
-            await matrix.place_like(ranks, everywhere=bool(self._categories()))
-        self._warn(ranks, [worker for worker in usable if worker.address in ranks])
-        return ranks
-
-    async def _usable(self) -> list[placement.WorkerInfo]:
-        """The workers that can train now: with GPUs, those that own one."""
-        workers = await placement.usable_workers(self.client, self.workers, config.seconds("timeout", self.timeout))
-        if not self.gpus:
-            return workers
-        addresses = [worker.address for worker in workers]
-        await placement.check_packages(self.client, addresses, PACKAGES, remedy=' ("dask-bridges[xgboost]")')
-        workers, self.devices = await with_own_gpus(
-            self.client, workers, named=self.workers is not None, timeout=self.timeout
-        )
-        return workers
-
-    def _categories(self) -> dict[str, Any]:
-        """Categories over the training and the evaluation sets, so that all are coded alike."""
-        union = self.matrix.categories()
-        for matrix, _ in self.evals:
-            if matrix is not self.matrix:
-                union = {
-                    name: known if name not in (other := matrix.categories()) or other[name].isin(known).all()
-                    else known.append(other[name].difference(known))
-                    for name, known in union.items()
-                }  # fmt: skip
-        return union
-
-    def _specs(self, ranks: Sequence[str]) -> list[TrainSpec]:
-        categories = self._categories()
-        return [
-            TrainSpec(
-                self.loop,
-                self.matrix.spec(worker, categories),
-                tuple(
-                    (None if matrix is self.matrix else matrix.spec(worker, categories), name)
-                    for matrix, name in self.evals
-                ),
-                self.devices[worker] if self.devices else None,
-            )
-            for worker in ranks
-        ]
-
-    def _warn(self, ranks: Sequence[str], workers: Sequence[placement.WorkerInfo]) -> None:
-        objective = str(self.loop.params.get("objective", ""))
-        if objective in _ADAPTIVE and len(ranks) > 1:
-            warnings.warn(
-                f"{objective} on {len(ranks)} workers: XGBoost fits leaf values on each worker's rows and averages "
-                "them, so the model depends on how rows are spread. Shuffle the rows, or train on one worker "
-                "(workers=[...]).",
-                UserWarning,
-                stacklevel=2,
-            )
-        if objective.startswith("rank:") and self.matrix.has("weight") and len(ranks) > 1:
-            warnings.warn(
-                f"{objective} with weights on {len(ranks)} workers: XGBoost scales the weights of each worker's groups "
-                "to a mean of 1, so the model depends on how groups are spread. Shuffle the groups, or train on one "
-                "worker (workers=[...]).",
-                UserWarning,
-                stacklevel=2,
-            )
-        for worker in workers:
-            parts = [matrix.parts for matrix in self.matrices]
-            # Binned, a matrix takes about as much again as its partitions; half of that with few bins.
-            need = sum(p.nbytes_on(worker.address) for p in parts)
-            free = worker.memory_limit - worker.memory
-            if worker.memory_limit and need > free:
-                warnings.warn(
-                    f"worker {worker.address} holds {format_bytes(need)} of partitions; their matrices need about "
-                    f"as much again, and {format_bytes(max(0, free))} of its {format_bytes(worker.memory_limit)} "
-                    "are free. Use more or larger workers, or it may be killed.",
-                    UserWarning,
-                    stacklevel=2,
-                )
-
-    def _deliver(self, result: TrainResult, evals_result: dict[str, Any] | None) -> xgb.Booster:
-        if evals_result is not None:
-            evals_result.update(result.history)
-        for ours, theirs in zip(self.loop.callbacks, result.callbacks):
-            vars(ours).update(vars(theirs))
-        return result.booster

@@ -17,7 +17,7 @@ from dask.highlevelgraph import HighLevelGraph
 from distributed import Client, Future, KilledWorker
 
 from dask_bridges import config
-from dask_bridges.errors import DataError, PlacementError
+from dask_bridges.errors import DataError, PlacementError, WorkerLeft
 from dask_bridges.partitions.balance import assign, runs
 from dask_bridges.partitions.blocks import Inspect, PartInfo, cut, describe, join, pack
 from dask_bridges.partitions.collections import align, is_array, is_frame
@@ -182,9 +182,14 @@ class Partitions:
         """See that every part is on the worker of its number in `workers`; raises as `spread` does."""
         await self._move(client, await self._holders(client), workers)
 
+    async def lost(self, client: Client) -> list[int]:
+        """Indices of the parts that no worker has any more."""
+        where = await client.scheduler.who_has(keys=[future.key for future in self.futures])
+        return [part for part, future in enumerate(self.futures) if not where.get(future.key)]
+
     async def _holders(self, client: Client) -> list[Sequence[str]]:
-        """The workers that have each part, once it is there."""
-        await _done(self.futures)
+        """The workers that have each part, once it is there: one that was moved to a worker comes back with it only."""
+        await _arrived(client, self.futures, set(self.workers))
         where = await client.scheduler.who_has(keys=[future.key for future in self.futures])
         return [where.get(future.key, ()) for future in self.futures]
 
@@ -225,7 +230,7 @@ async def _arrived(client: Client, parts: Iterable[Future], targets: set[str]) -
         while not (await asyncio.wait({done}, timeout=_LOOK_AGAIN))[0]:
             there, now = (await client.scheduler.identity(n_workers=-1))["workers"], time.monotonic()
             if gone := sorted(targets - set(there)):
-                raise PlacementError(f"workers {gone} left the cluster while data were moved to them")
+                raise WorkerLeft(f"workers {gone} left the cluster while data were moved to them")
             paused = {w: paused.get(w, now) for w in sorted(targets) if there[w]["status"] == "paused"}
             if any(now - since >= config.seconds("timeout") for since in paused.values()):
                 raise PlacementError(

@@ -1,0 +1,352 @@
+"""The client's side of a training: data and ranks are placed, anew after a loss; the result is adopted."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import warnings
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import xgboost as xgb
+from dask.utils import format_bytes
+from distributed import Client
+
+from dask_bridges import config, placement
+from dask_bridges.devices.members import Wanted
+from dask_bridges.errors import BridgeError, MemberLost, WorkerLeft
+from dask_bridges.events import Event, Progress
+from dask_bridges.gang import Gang, GangPlan
+from dask_bridges.placement import WorkerInfo
+from dask_xgboost import checks, dmatrix, resuming
+from dask_xgboost.communicator import is_collective_error
+from dask_xgboost.devices import wants_gpus, with_own_gpus
+from dask_xgboost.dmatrix import PACKAGES, DMatrix
+from dask_xgboost.rank import Loop, TrainResult, TrainSpec, train_rank
+from dask_xgboost.resuming import Keeping, State
+
+__all__ = ["Supervised"]
+
+logger = logging.getLogger(__name__)
+
+LABEL = "XGBoost training"
+
+#: A training is given up when so many attempts, one after the other, have come no further than those before.
+BARREN = 2
+
+#: Objectives whose leaves XGBoost fits rank by rank and then averages.
+_ADAPTIVE = ("reg:absoluteerror", "reg:quantileerror")
+
+
+@dataclass
+class Supervised:
+    """One call of `train`.
+
+    Attributes
+    ----------
+    client : Client
+    loop : Loop
+    matrix : DMatrix
+    evals : list of (DMatrix, str)
+    workers : sequence of str or None
+    options : dict
+        For `GangPlan`.
+    keeping : Keeping or None
+        None where nothing is kept.
+    max_restarts : int
+    listeners : sequence of callable
+        Hear the events of every attempt.
+    """
+
+    client: Client
+    loop: Loop
+    matrix: DMatrix
+    evals: list[tuple[DMatrix, str]]
+    workers: Sequence[str] | None
+    options: dict[str, Any]
+    keeping: Keeping | None
+    max_restarts: int
+    listeners: Sequence[Any] = ()
+    _names: list[str] = field(default_factory=list)  # of the workers, by rank
+    _ranks: list[str] = field(default_factory=list)  # their addresses
+    _placement: resuming.Placement = ()
+    _gang: Gang | None = None
+    _devices: Mapping[str, Wanted] = field(default_factory=dict)  # by the workers' addresses, where GPUs train
+
+    def __post_init__(self) -> None:
+        self._gpus = wants_gpus(self.loop.params)
+
+    @property
+    def matrices(self) -> list[DMatrix]:
+        """The training matrix, and those of the evaluation sets, each once."""
+        return list({id(matrix): matrix for matrix in (self.matrix, *(matrix for matrix, _ in self.evals))}.values())
+
+    def prepare(self) -> None:
+        """Align the collections, in the caller's thread."""
+        dmatrix.prepare(self.client, self.matrices)
+
+    async def run(self, evals_result: dict[str, Any] | None) -> xgb.Booster:
+        """Train, and bring back rank 0's result."""
+        try:
+            return self._deliver(await self._attempts(), evals_result)
+        finally:
+            for listener in self.listeners:
+                getattr(listener, "close", int)()
+
+    # Attempts
+
+    async def _attempts(self) -> TrainResult:
+        state: State | None = None
+        furthest, barren, restarts = -1, 0, 0
+        earlier: BridgeError | None = None
+        if self.keeping is not None and self.keeping.checkpoints is not None:
+            await asyncio.to_thread(self.keeping.checkpoints.check)
+        while True:
+            reached = _Reached()
+            try:
+                await self._place()
+                state = await self._stored() or state
+                if state is not None:
+                    await self._place_as(state.placement)
+                result = await self._attempt(restarts + 1, state, reached)
+            except (MemberLost, WorkerLeft) as lost:
+                if not self.max_restarts or self._is_taken_away():
+                    raise
+                state = await self._kept() or state
+                come = max(reached.rounds, state.round if state is not None else 0)
+                if isinstance(lost, MemberLost):  # and not while the data were placed, which tells of no bug
+                    barren = 0 if come > furthest else barren + 1
+                furthest = max(come, furthest)
+                if barren >= BARREN:
+                    lost.add_note(
+                        f"The last {BARREN} attempts, of {restarts + 1}, came no further than round {furthest}."
+                    )
+                    raise
+                if restarts >= self.max_restarts:
+                    lost.add_note(f"It was started again as often as max_restarts={self.max_restarts} allows.")
+                    raise
+                restarts, earlier = restarts + 1, lost
+                logger.warning("%s It goes on from what was kept; round %d had been reached.", lost, come)
+            except BridgeError as error:
+                await self._kept(wanted=False)
+                error.__cause__ = error.__cause__ or earlier
+                raise
+            else:
+                if self.loop.num_boost_round > self.loop.segment:
+                    await self._kept(wanted=False)
+                return result
+
+    def _is_taken_away(self) -> bool:
+        """Whether there is nothing to go on with: the scheduler is gone, or the data are, as by `Client.restart`."""
+        held = [matrix.parts.futures for matrix in self.matrices if matrix._loaded is not None]
+        return self.client.status != "running" or any(f.status == "cancelled" for futures in held for f in futures)
+
+    async def _attempt(self, number: int, state: State | None, reached: _Reached) -> TrainResult:
+        plan = GangPlan(
+            label=LABEL,
+            function=train_rank,
+            payloads=self._specs(state),
+            workers=self._ranks,
+            collateral=is_collective_error,
+            **self.options,
+        )
+        self._gang = gang = Gang(self.client, plan, number)
+        for listener in (reached, *self.listeners):
+            gang.events.listen(listener)
+        result: TrainResult = (await gang.run())[0]
+        return result
+
+    async def _stored(self) -> State | None:
+        """What the store has; nothing without one."""
+        keeping = self.keeping
+        if keeping is None or keeping.checkpoints is None:
+            return None
+        return await asyncio.to_thread(resuming.load, keeping.checkpoints, self._described(), self.loop.num_boost_round)
+
+    async def _kept(self, *, wanted: bool = True) -> State | None:
+        """What the ranks that are left have kept of the last attempt, which they forget."""
+        gang, self._gang = self._gang, None
+        if gang is None or self.keeping is None or self.keeping.checkpoints is not None or not self.max_restarts:
+            return None
+        return await resuming.collect(self.client, gang.id, self._ranks, wanted=wanted)
+
+    # Places
+
+    async def _place(self) -> None:
+        """See that the workers are there, by rank, with all data; after a loss where they were, as far as can be."""
+        if not self._names:
+            await self._place_first()
+            return
+        named = self.workers is not None
+        back = await self._with_gpus(await placement.workers_back(self.client, self._names, others=not named))
+        places = [worker.address for worker in back]
+        matrices = self.matrices
+        await dmatrix.replace(self.client, matrices, places if named else None)
+        await placement.check_packages(self.client, places, PACKAGES, remedy=' ("dask-bridges[xgboost]")')
+        if len(places) == len(self._names):
+            await self._move(places, self._placement)
+        else:
+            await self._spread(places)
+        self._settle(back)
+
+    async def _place_first(self) -> None:
+        matrices = self.matrices
+        usable = await self._usable()
+        placed = [matrix for matrix in matrices if matrix._loaded is not None]
+        await dmatrix.replace(self.client, placed, self.workers and [worker.address for worker in usable])
+        await dmatrix.place(self.client, matrices, [w.address for w in usable] if self._gpus else self.workers)
+        for matrix in matrices:
+            if self.loop.obj is None:
+                checks.check_labels(matrix.role, self.loop.params, matrix.infos)
+        usable = await self._usable()
+        await self._spread([worker.address for worker in usable])
+        self._settle(usable)
+        self._warn([worker for worker in usable if worker.address in self._ranks])
+
+    async def _usable(self) -> list[WorkerInfo]:
+        """The workers that can train now."""
+        timeout = config.seconds("timeout", self.options["timeout"])
+        workers = await placement.usable_workers(self.client, self.workers, timeout)
+        return await self._with_gpus(workers)
+
+    async def _with_gpus(self, workers: list[WorkerInfo]) -> list[WorkerInfo]:
+        """Those that own a GPU, where GPUs train."""
+        if not self._gpus:
+            return workers
+        addresses = [worker.address for worker in workers]
+        await placement.check_packages(self.client, addresses, PACKAGES, remedy=' ("dask-bridges[xgboost]")')
+        workers, self._devices = await with_own_gpus(
+            self.client, workers, named=self.workers is not None, timeout=self.options["timeout"]
+        )
+        return workers
+
+    async def _spread(self, places: Sequence[str]) -> None:
+        matrices = self.matrices
+        await self.matrix.parts.spread(self.client, places)
+        ranks = self.matrix.parts.holding()
+        await placement.check_packages(self.client, ranks, PACKAGES, remedy=' ("dask-bridges[xgboost]")')
+        for matrix in matrices[1:]:
+            await matrix.place_like(ranks, everywhere=bool(self._categories()))
+
+    async def _place_as(self, before: resuming.Placement) -> None:
+        """Give every rank the partitions that it had when a state was kept, where there are as many."""
+        now = self._placement
+        if now == before or max(before[0]) != max(now[0]) or [*map(len, before)] != [*map(len, now)]:
+            return
+        await self._move(self._ranks, before)
+        self._placement = before
+
+    async def _move(self, places: Sequence[str], by_rank: resuming.Placement) -> None:
+        for matrix, ranks in zip(self.matrices, by_rank):
+            await matrix.parts.place(self.client, [places[rank] for rank in ranks])
+
+    def _settle(self, workers: Sequence[WorkerInfo]) -> None:
+        """Take down who is which rank, and what each one has."""
+        self._ranks = self.matrix.parts.holding()
+        by_address = {worker.address: worker.name for worker in workers}
+        self._names = [by_address[address] for address in self._ranks]
+        numbers = {address: rank for rank, address in enumerate(self._ranks)}
+        self._placement = tuple(
+            tuple(numbers.get(address, 0) for address in matrix.parts.workers) for matrix in self.matrices
+        )
+
+    # What ranks are told, and what they tell
+
+    def _categories(self) -> dict[str, Any]:
+        """Categories over the training and the evaluation sets, so that all are coded alike."""
+        union = self.matrix.categories()
+        for matrix, _ in self.evals:
+            if matrix is not self.matrix:
+                union = {
+                    name: known if name not in (other := matrix.categories()) or other[name].isin(known).all()
+                    else known.append(other[name].difference(known))
+                    for name, known in union.items()
+                }  # fmt: skip
+        return union
+
+    def _described(self) -> dict[str, Any]:
+        """What tells this training from others, for JSON."""
+        model = self.loop.xgb_model
+        return {
+            "params": {name: str(value) for name, value in sorted(self.loop.params.items())},
+            "features": self.matrix.num_features,
+            "rows": [matrix.rows for matrix in self.matrices],
+            "evals": [name for _, name in self.evals],
+            "checkpoint_every": self.loop.segment,
+            "xgb_model": None if model is None else zlib.crc32(model),
+        }
+
+    def _specs(self, state: State | None) -> list[TrainSpec]:
+        categories = self._categories()
+        keeping = self.keeping
+        if keeping is not None:
+            keeping = replace(keeping, training=self._described(), placement=self._placement)
+        return [
+            TrainSpec(
+                self.loop,
+                self.matrix.spec(worker, categories),
+                tuple(
+                    (None if matrix is self.matrix else matrix.spec(worker, categories), name)
+                    for matrix, name in self.evals
+                ),
+                keeping=keeping,
+                state=state,
+                same_cuts=state is not None and state.placement[0] != self._placement[0],
+                devices=self._devices.get(worker),
+            )
+            for worker in self._ranks
+        ]
+
+    def _warn(self, workers: Sequence[WorkerInfo]) -> None:
+        ranks = self._ranks
+        objective = str(self.loop.params.get("objective", ""))
+        if objective in _ADAPTIVE and len(ranks) > 1:
+            warnings.warn(
+                f"{objective} on {len(ranks)} workers: XGBoost fits leaf values on each worker's rows and averages "
+                "them, so the model depends on how rows are spread. Shuffle the rows, or train on one worker "
+                "(workers=[...]).",
+                UserWarning,
+                stacklevel=2,
+            )
+        if objective.startswith("rank:") and self.matrix.has("weight") and len(ranks) > 1:
+            warnings.warn(
+                f"{objective} with weights on {len(ranks)} workers: XGBoost scales the weights of each worker's groups "
+                "to a mean of 1, so the model depends on how groups are spread. Shuffle the groups, or train on one "
+                "worker (workers=[...]).",
+                UserWarning,
+                stacklevel=2,
+            )
+        for worker in workers:
+            parts = [matrix.parts for matrix in self.matrices]
+            # Binned, a matrix takes about as much again as its partitions; half of that with few bins.
+            need = sum(p.nbytes_on(worker.address) for p in parts)
+            free = worker.memory_limit - worker.memory
+            if worker.memory_limit and need > free:
+                warnings.warn(
+                    f"worker {worker.address} holds {format_bytes(need)} of partitions; their matrices need about "
+                    f"as much again, and {format_bytes(max(0, free))} of its {format_bytes(worker.memory_limit)} "
+                    "are free. Use more or larger workers, or it may be killed.",
+                    UserWarning,
+                    stacklevel=2,
+                )
+
+    def _deliver(self, result: TrainResult, evals_result: dict[str, Any] | None) -> xgb.Booster:
+        if evals_result is not None:
+            evals_result.update(result.history)
+        for ours, theirs in zip(self.loop.callbacks, result.callbacks):
+            vars(ours).update(vars(theirs))
+        return result.booster
+
+
+class _Reached:
+    """Listens for how many rounds are over."""
+
+    def __init__(self) -> None:
+        self.rounds = 0
+
+    def __call__(self, event: Event) -> None:
+        """Hear of one."""
+        if isinstance(event, Progress):
+            self.rounds = max(self.rounds, event.done)
