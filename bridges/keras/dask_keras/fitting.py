@@ -108,7 +108,7 @@ def fit(
     verbose : "auto", 0, 1 or 2
         A progress bar (1; "auto" where a person looks on), or a line an epoch (2).
     exclusive : bool, default True
-        Hold the workers alone: other trainings wait their turn.
+        Hold the workers alone: other trainings wait their turn. With ``strategy="ps"`` they are shared.
     timeout : float or str, optional
         Longest wait for workers, for the turn, and for GPUs (``dask-bridges.timeout``).
     allow_plaintext : bool, optional
