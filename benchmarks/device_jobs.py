@@ -23,6 +23,7 @@ from typing import Any
 from distributed import Client, LocalCluster, wait
 
 from dask_bridges.jobs import DevicePool
+from dask_bridges.testing import command_line_cluster
 
 EIGHT = {"0": ["a", "b", "c", "d"], "1": ["e", "f", "g", "h"]}
 ONE = {"0": ["a"]}
@@ -129,7 +130,8 @@ def peers(client: Client) -> None:
 
 
 def queue(client: Client) -> None:
-    with DevicePool(client, devices=EIGHT, preload=()) as pool:
+    first, second = sorted(client.scheduler_info(n_workers=-1)["workers"])
+    with DevicePool(client, devices={first: EIGHT["0"], second: EIGHT["1"]}, preload=()) as pool:
         wait(pool.map(nothing, range(32)))
         start = time.perf_counter()
         report(f"lag of the scheduler, {QUEUED:,} jobs queued (ms)", measure_lag(client, lambda: _run_some(pool)))
@@ -151,6 +153,8 @@ def main() -> None:
         in_processes(client, EIGHT, "8 devices")
         in_processes(client, ONE, "one device")
         peers(client)
+    with command_line_cluster(workers=2) as processes:  # the scheduler has a process of its own
+        client = processes.client
         # While nothing is asked of it, and with plain tasks as many.
         report("lag of the scheduler, idle (ms)", measure_lag(client, lambda: time.sleep(5)))
         report(

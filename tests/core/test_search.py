@@ -39,6 +39,7 @@ def test_many_small_models_two_at_a_time(capsys: pytest.CaptureFixture[str]) -> 
     assert [line.partition(":")[0].split() for line in lines] == [[str(width), "units"] for width in (8, 16, 32, 64)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "trials", [8, pytest.param(50, marks=[pytest.mark.slow, pytest.mark.timeout(600)])], ids=["short", "all 50"]
 )
