@@ -28,6 +28,7 @@ from dask_bridges.jobs.results import opened
 from dask_bridges.processes import Child, Environment
 from dask_bridges.processes.forked import Forked
 from dask_bridges.processes.forkserver import end_servers, fork_server
+from dask_bridges.processes.interpreter import guard_current_frames
 from dask_bridges.processes.memberspool import member_spool
 from dask_bridges.processes.spool import Spool
 from dask_bridges.task import WorkerMember
@@ -333,6 +334,7 @@ def host_devices(member: WorkerMember, hosting: Hosting) -> None:
     stopped = threading.Event()
     member.on_stop(stopped.set)
     leases_here().ignored |= hosting.ignored
+    guard_current_frames()  # each job has some threads
     worker.plugins.setdefault(_PLUGIN, _Cancelling(worker))
     with member_spool(member) as (spool, folder):
         host = _hosts[worker.address, hosting.pool] = _Host(member, hosting, spool, folder)
