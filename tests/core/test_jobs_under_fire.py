@@ -11,16 +11,15 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import dask.config
 import numpy as np
-import psutil
 import pytest
 from distributed import Client, Future, LocalCluster, Worker, wait
-from tests.core.jobs_at_work import Flags, add, hold, where
+from tests.core.jobs_at_work import Flags, add, gone, hold, wait_until, where
 from tests.core.jobs_under_fire import Ending, held_twice, records, works
 
 from dask_bridges import BridgeError, MemberLost
@@ -34,11 +33,6 @@ pytestmark = [pytest.mark.cluster, pytest.mark.skipif(sys.platform != "linux", r
 
 EIGHT = {"0": ["a", "b", "c", "d"], "1": ["e", "f", "g", "h"]}
 TWO = {"0": ["a"], "1": ["b"]}
-
-
-@pytest.fixture
-def flags(tmp_path: Path) -> Flags:
-    return Flags(tmp_path)
 
 
 @contextlib.contextmanager
@@ -62,20 +56,6 @@ def doomed() -> Iterator[Client]:
     """Two workers for one test; nobody tries for long to reach one that is gone."""
     with dask.config.set({"distributed.comm.timeouts.connect": "3s"}), clustered() as (_, client):
         yield client
-
-
-def wait_until(true: Callable[[], Any], timeout: float, what: str) -> None:
-    deadline = time.monotonic() + timeout
-    while not true():
-        assert time.monotonic() < deadline, what
-        time.sleep(0.01)
-
-
-def gone(pid: int) -> bool:
-    try:
-        return bool(psutil.Process(pid).status() == psutil.STATUS_ZOMBIE)
-    except psutil.NoSuchProcess:
-        return True
 
 
 def all_free(pool: DevicePool, count: int) -> bool:
