@@ -121,16 +121,18 @@ def communicator(member: WorkerMember, host: str | None, port: int | str | tuple
         member.on_stop(tracker.free)
     try:
         with member.span("communicate"):
-            _join(member, sockets, member.exchange(tracker.args if tracker else None)[0])
+            there = _join(member, sockets, member.exchange(tracker.args if tracker else None)[0])
         try:
             yield
         except BaseException as error:
             member.fail(error)  # before the peers hear of it
-            with contextlib.suppress(XGBoostError):  # not to hide the failure that brought us here
+            # Not to hide the failure that brought us here.
+            with contextlib.suppress(XGBoostError), sockets.goodbye(there, lambda: member.stopping):
                 collective.finalize()
             raise
         sockets.part_in_good_order()
-        collective.finalize()
+        with sockets.goodbye(there, lambda: member.stopping):
+            collective.finalize()
         member.exchange()  # the tracker serves until the last rank has said goodbye
     finally:
         sockets.close()
@@ -138,8 +140,8 @@ def communicator(member: WorkerMember, host: str | None, port: int | str | tuple
             tracker.free()
 
 
-def _join(member: WorkerMember, sockets: CollectiveSockets, args: dict[str, Any]) -> None:
-    """Join the group that gathers at the tracker; who is asked to stop is blocked in it no longer."""
+def _join(member: WorkerMember, sockets: CollectiveSockets, args: dict[str, Any]) -> tuple[str, int]:
+    """Join the group that gathers at the tracker, and say where; who is asked to stop is blocked in it no longer."""
     there = (str(args["dmlc_tracker_uri"]), int(args["dmlc_tracker_port"]))
     member.on_stop(functools.partial(sockets.break_connections_to, there))
     with sockets.opening():
@@ -148,3 +150,4 @@ def _join(member: WorkerMember, sockets: CollectiveSockets, args: dict[str, Any]
         collective.init(**args, dmlc_task_id=f"{member.rank:06d}", dmlc_retry=1)
     sockets.keep_ring(member.exchange(sockets.pairs()))
     member.on_stop(sockets.break_ring)
+    return there
