@@ -8,7 +8,8 @@ import functools
 import logging
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from xgboost import collective, core
@@ -20,7 +21,7 @@ from dask_bridges.ports import port_range
 from dask_bridges.task import WorkerMember
 from dask_xgboost.sockets import CollectiveSockets, shut_down_port
 
-__all__ = ["capture_log", "communicator", "is_collective_error"]
+__all__ = ["apart", "capture_log", "communicator", "is_collective_error"]
 
 
 def is_collective_error(error: BaseException) -> bool:
@@ -46,6 +47,17 @@ def capture_log(member: WorkerMember) -> Iterator[None]:
         yield
     finally:
         core._check_call(core._LIB.XGBRegisterLogCallback(_DROP))
+
+
+def apart(member: WorkerMember, function: Callable[[], Any]) -> Any:
+    """Call a function where XGBoost has no communicator, which it keeps by thread: for what a rank does alone."""
+
+    def captured() -> Any:
+        with capture_log(member):
+            return function()
+
+    with ThreadPoolExecutor(1, "dask-bridges-xgboost") as pool:
+        return pool.submit(captured).result()
 
 
 @ctypes.CFUNCTYPE(None, ctypes.c_char_p)  # type: ignore[untyped-decorator]

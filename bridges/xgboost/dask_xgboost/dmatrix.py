@@ -49,6 +49,7 @@ class MatrixSpec:
         Fields that are columns of X.
     categories : dict
         The categories all partitions agree on, by column.
+    num_features : int
     feature_names, feature_types : list of str or None
     options : MatrixOptions
     """
@@ -56,6 +57,7 @@ class MatrixSpec:
     keys: tuple[Any, ...]
     columns: tuple[tuple[str, str], ...]
     categories: dict[str, Any]
+    num_features: int
     feature_names: list[str] | None
     feature_types: list[str] | None
     options: MatrixOptions
@@ -263,6 +265,7 @@ class DMatrix:
             keys=self.parts.keys_on(worker),
             columns=tuple(self.columns.items()),
             categories=categories,
+            num_features=self.num_features,
             feature_names=self.feature_names,
             feature_types=self.feature_types,
             options=self.options,

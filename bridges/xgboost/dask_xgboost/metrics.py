@@ -14,6 +14,8 @@ import numpy as np
 import xgboost as xgb
 from xgboost import collective
 
+from dask_xgboost.gathering import all_gather
+
 __all__ = ["AREAS", "GlobalMetrics", "pr_auc", "roc_auc"]
 
 #: Built-in metrics computed here.
@@ -56,18 +58,6 @@ def pr_auc(tp: Any, fp: Any) -> float:
     return float(area.sum())
 
 
-def _all_gather(values: Any) -> Any:
-    """Arrays of all ranks, one after the other, through XGBoost's communicator."""
-    rank, world = collective.get_rank(), collective.get_world_size()
-    lengths = np.zeros(world, dtype="int64")
-    lengths[rank] = len(values)
-    lengths = collective.allreduce(lengths, collective.Op.SUM)
-    gathered = np.zeros(int(lengths.sum()), dtype=values.dtype)
-    start = int(lengths[:rank].sum())
-    gathered[start : start + len(values)] = values
-    return collective.allreduce(gathered, collective.Op.SUM)
-
-
 def _coarse(scores: Any) -> Any:
     """Scores rounded towards zero to 11 bits of mantissa, in the same order."""
     bits = np.asarray(scores, dtype="float32").view("int32")
@@ -85,7 +75,7 @@ def _merged(scores: Any, positive: Any, weight: Any) -> tuple[Any, Any]:
     if total > EXACT_SCORES:
         scores = _coarse(scores)
     local = _sums(scores[positive > 0], (positive * weight)[positive > 0])
-    thresholds, tp = _sums(*(_all_gather(values) for values in local))
+    thresholds, tp = _sums(*(all_gather(values) for values in local))
     fp = _between(scores[positive < 1], ((1 - positive) * weight)[positive < 1], thresholds)
     fp = collective.allreduce(fp, collective.Op.SUM)
     at_all = np.zeros(len(fp))

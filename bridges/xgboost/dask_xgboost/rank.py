@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,10 +14,10 @@ from dask_bridges.devices.members import Wanted
 from dask_bridges.task import WorkerMember
 from dask_xgboost import cuts
 from dask_xgboost.boosting import Rounds
-from dask_xgboost.communicator import capture_log, communicator
+from dask_xgboost.communicator import apart, capture_log, communicator
 from dask_xgboost.devices import own_gpu
 from dask_xgboost.dmatrix import MatrixSpec
-from dask_xgboost.matrices import build
+from dask_xgboost.matrices import Binning, build, common_cuts
 from dask_xgboost.metrics import AREAS, GlobalMetrics
 from dask_xgboost.resuming import Keeper, Keeping, State, left_behind
 
@@ -40,6 +41,7 @@ class Loop:
     tracker_host: str | None = None
     tracker_port: int | str | tuple[int, int] = 0
     segment: int = 10
+    cuts: str = "auto"
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,8 @@ class TrainSpec:
         To go on from.
     same_cuts : bool
         Whether the cuts are those of `state` as they are, for the rows are elsewhere now.
+    quantiles : bool
+        Whether cuts are at the quantiles of all rows, found before the matrices are built.
     devices : Wanted or None
         Its worker's GPU.
     """
@@ -68,6 +72,7 @@ class TrainSpec:
     keeping: Keeping | None = None
     state: State | None = None
     same_cuts: bool = False
+    quantiles: bool = False
     devices: Wanted | None = None
 
 
@@ -104,30 +109,41 @@ def _trained(member: WorkerMember, spec: TrainSpec) -> tuple[xgb.Booster, dict[s
 
 
 def _matrices(member: WorkerMember, spec: TrainSpec) -> tuple[Any, list[tuple[Any, str]]]:
-    """Every rank builds every matrix: XGBoost agrees on cuts and categories between them."""
+    """Every rank builds every matrix; without a reference XGBoost agrees on cuts between them."""
     params = spec.loop.params
-    binning = {
-        "max_bin": int(params.get("max_bin", MAX_BIN)),
-        "nthread": int(_threads(member, params)),
-    }
-    matrix, prototype = build(member, spec.train, **binning, ref=_reference(member, spec, binning["max_bin"]))
+    binning = Binning(int(params.get("max_bin", MAX_BIN)), int(_threads(member, params)))
+    ref = _reference(member, spec, binning)
+
+    def built(matrix_spec: MatrixSpec, ref: Any, empty: Any = None) -> tuple[Any, Any]:
+        return build(member, matrix_spec, binning, ref=ref, empty=empty)
+
+    if ref is None:
+        matrix, prototype = built(spec.train, None)
+    else:
+        matrix, prototype = apart(member, lambda: built(spec.train, ref))
     evals = []
     for matrix_spec, name in spec.evals:
         if matrix_spec is None:
             evals.append((matrix, name))
         else:
-            evals.append((build(member, matrix_spec, **binning, ref=matrix, empty=prototype)[0], name))
+            evals.append((apart(member, functools.partial(built, matrix_spec, matrix, prototype))[0], name))
     return matrix, evals
 
 
-def _reference(member: WorkerMember, spec: TrainSpec, max_bin: int) -> Any:
-    """What to bin against so that the cuts are those of before; None to find them."""
-    if spec.state is None or not spec.same_cuts:
+def _reference(member: WorkerMember, spec: TrainSpec, binning: Binning) -> Any:
+    """What to bin against, for the cuts of before or those at the quantiles; None where XGBoost's sketch finds them."""
+    columns, types = spec.train.num_features, cuts.types(spec.train)
+    if spec.state is not None and spec.same_cuts:
+        before = spec.state.cuts
+        matrix = apart(member, lambda: cuts.reference(before, binning.max_bin, types))
+        if matrix is None and not member.rank:
+            member.log("the cut points are found anew: those of before cannot be had from a reference", logging.WARNING)
+        if matrix is not None:
+            return matrix
+    if not spec.quantiles:
         return None
-    matrix = cuts.reference(spec.state.cuts, max_bin, cuts.types(spec.train))
-    if matrix is None and not member.rank:
-        member.log("the cut points are found anew: those of before cannot be had from a reference", logging.WARNING)
-    return matrix
+    edges = common_cuts(member, spec.train, binning)
+    return apart(member, lambda: cuts.reference_of(edges, columns, binning.max_bin, types))
 
 
 def _threads(member: WorkerMember, params: dict[str, Any]) -> Any:

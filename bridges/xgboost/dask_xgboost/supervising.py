@@ -36,6 +36,9 @@ LABEL = "XGBoost training"
 #: A training is given up when so many attempts, one after the other, have come no further than those before.
 BARREN = 2
 
+#: From so many rows on, finding quantiles takes less time than XGBoost's sketch.
+_MANY_ROWS = 100_000
+
 #: Objectives whose leaves XGBoost fits rank by rank and then averages.
 _ADAPTIVE = ("reg:absoluteerror", "reg:quantileerror")
 
@@ -266,6 +269,12 @@ class Supervised:
                 }  # fmt: skip
         return union
 
+    def _by_quantiles(self) -> bool:
+        """Whether the columns are cut at their quantiles, and not where XGBoost's sketch says."""
+        if self.loop.cuts == "auto":
+            return not self._gpus and self.matrix.rows >= _MANY_ROWS
+        return self.loop.cuts == "quantiles"
+
     def _described(self) -> dict[str, Any]:
         """What tells this training from others, for JSON."""
         model = self.loop.xgb_model
@@ -294,6 +303,7 @@ class Supervised:
                 keeping=keeping,
                 state=state,
                 same_cuts=state is not None and state.placement[0] != self._placement[0],
+                quantiles=self._by_quantiles(),
                 devices=self._devices.get(worker),
             )
             for worker in self._ranks

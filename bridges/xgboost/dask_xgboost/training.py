@@ -54,6 +54,7 @@ def train(
     missing: float = float("nan"),
     enable_categorical: bool = True,
     max_bin: int | None = None,
+    cuts: str = "auto",
     workers: Sequence[str] | None = None,
     progress: bool | None = None,
     checkpoint: str | Path | Checkpoints | None = None,
@@ -111,6 +112,10 @@ def train(
         See `DMatrix`.
     max_bin : int, optional
         The same as ``params["max_bin"]``.
+    cuts : {"auto", "quantiles", "sketch"}
+        Where columns are cut into bins: at the quantiles of all rows, each within a ``1 / (4 * max_bin)`` of the
+        exact one, whose cuts do not depend on where partitions lie; or where XGBoost's own sketch of each
+        worker's rows says, which takes longer. "auto" is "quantiles" from 100,000 rows on, and "sketch" on GPUs.
     workers : sequence of str, optional
         Addresses or names of the workers to use.
     progress : bool, optional
@@ -193,7 +198,10 @@ def train(
         tracker_host=config.get("xgboost.tracker-host", tracker_host),
         tracker_port=config.get("xgboost.tracker-port", tracker_port),
         segment=max(1, num_boost_round) if _unkept(settings) else checkpoint_every,
+        cuts=cuts,
     )
+    if cuts not in ("auto", "quantiles", "sketch"):
+        raise ValueError(f"cuts={cuts!r}: give 'auto', 'quantiles' or 'sketch'")
     port_range(loop.tracker_port, "tracker_port")
     if early_stopping_rounds and not evals:
         raise DataError("early_stopping_rounds needs rows to look at: pass evals=[(what, name)]")
