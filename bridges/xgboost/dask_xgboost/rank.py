@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,18 +10,15 @@ import xgboost as xgb
 
 from dask_bridges.devices.members import Wanted
 from dask_bridges.task import WorkerMember
-from dask_xgboost import cuts
 from dask_xgboost.boosting import Rounds
-from dask_xgboost.communicator import apart, capture_log, communicator
+from dask_xgboost.communicator import capture_log, communicator
 from dask_xgboost.devices import own_gpu
-from dask_xgboost.dmatrix import MatrixSpec
-from dask_xgboost.matrices import Binning, build, common_cuts
 from dask_xgboost.metrics import AREAS, GlobalMetrics
+from dask_xgboost.ready import Agreed, MatricesSpec, agree, ready
+from dask_xgboost.resident import Built, lent
 from dask_xgboost.resuming import Keeper, Keeping, State, left_behind
 
 __all__ = ["TrainResult", "TrainSpec", "train_rank"]
-
-MAX_BIN = 256  # XGBoost's default
 
 
 @dataclass(frozen=True)
@@ -51,44 +46,48 @@ class TrainSpec:
     Attributes
     ----------
     loop : Loop
-    train : MatrixSpec
-    evals : tuple of (MatrixSpec or None, str)
-        None is the training set itself.
+    matrices : MatricesSpec
+    evals : tuple of (int, str)
+        The number of the matrix, 0 for the training set itself, and the name.
     keeping : Keeping or None
         Where the state is kept.
     state : State or None
         To go on from.
-    same_cuts : bool
-        Whether the cuts are those of `state` as they are, for the rows are elsewhere now.
-    quantiles : bool
-        Whether cuts are at the quantiles of all rows, found before the matrices are built.
     devices : Wanted or None
         Its worker's GPU.
     """
 
     loop: Loop
-    train: MatrixSpec
-    evals: tuple[tuple[MatrixSpec | None, str], ...]
+    matrices: MatricesSpec
+    evals: tuple[tuple[int, str], ...]
     keeping: Keeping | None = None
     state: State | None = None
-    same_cuts: bool = False
-    quantiles: bool = False
     devices: Wanted | None = None
 
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What rank 0 brings back."""
+    """What rank 0 brings back.
 
-    booster: xgb.Booster
+    Attributes
+    ----------
+    booster : xgboost.Booster or None
+        None where matrices are lacking, see `Agreed`.
+    history : dict
+    callbacks : sequence of TrainingCallback
+    agreed : Agreed
+    """
+
+    booster: xgb.Booster | None
     history: dict[str, Any]
     callbacks: Sequence[Any]
+    agreed: Agreed
 
 
 def train_rank(member: WorkerMember, spec: TrainSpec) -> TrainResult | None:
     """Train one rank; rank 0 returns the result.
 
-    The communicator, the matrices and the training share this thread: XGBoost's
+    The communicator and the training share this thread: XGBoost's
     communicator is thread-local.
     """
     loop = spec.loop
@@ -97,53 +96,19 @@ def train_rank(member: WorkerMember, spec: TrainSpec) -> TrainResult | None:
         left_behind(member),
         capture_log(member),
         communicator(member, loop.tracker_host, loop.tracker_port),
+        lent(member, [each.held for each in spec.matrices.each]) as held,
     ):
-        booster, history = _trained(member, spec)
-    return TrainResult(booster, history, loop.callbacks) if member.rank == 0 else None
+        agreed = agree(member, spec.matrices, held)
+        booster, history = (None, {}) if agreed.lacking else _trained(member, spec, agreed, held)
+    return TrainResult(booster, history, loop.callbacks, agreed) if member.rank == 0 else None
 
 
-def _trained(member: WorkerMember, spec: TrainSpec) -> tuple[xgb.Booster, dict[str, Any]]:
-    matrix, evals = _matrices(member, spec)
+def _trained(
+    member: WorkerMember, spec: TrainSpec, agreed: Agreed, held: Sequence[Built | None]
+) -> tuple[xgb.Booster, dict[str, Any]]:
+    matrices = ready(member, spec.matrices, agreed, held, int(_threads(member, spec.loop.params)))
     with member.span("compute"):
-        return _boost(member, spec, matrix, evals)
-
-
-def _matrices(member: WorkerMember, spec: TrainSpec) -> tuple[Any, list[tuple[Any, str]]]:
-    """Every rank builds every matrix; without a reference XGBoost agrees on cuts between them."""
-    params = spec.loop.params
-    binning = Binning(int(params.get("max_bin", MAX_BIN)), int(_threads(member, params)))
-    ref = _reference(member, spec, binning)
-
-    def built(matrix_spec: MatrixSpec, ref: Any, empty: Any = None) -> tuple[Any, Any]:
-        return build(member, matrix_spec, binning, ref=ref, empty=empty)
-
-    if ref is None:
-        matrix, prototype = built(spec.train, None)
-    else:
-        matrix, prototype = apart(member, lambda: built(spec.train, ref))
-    evals = []
-    for matrix_spec, name in spec.evals:
-        if matrix_spec is None:
-            evals.append((matrix, name))
-        else:
-            evals.append((apart(member, functools.partial(built, matrix_spec, matrix, prototype))[0], name))
-    return matrix, evals
-
-
-def _reference(member: WorkerMember, spec: TrainSpec, binning: Binning) -> Any:
-    """What to bin against, for the cuts of before or those at the quantiles; None where XGBoost's sketch finds them."""
-    columns, types = spec.train.num_features, cuts.types(spec.train)
-    if spec.state is not None and spec.same_cuts:
-        before = spec.state.cuts
-        matrix = apart(member, lambda: cuts.reference(before, binning.max_bin, types))
-        if matrix is None and not member.rank:
-            member.log("the cut points are found anew: those of before cannot be had from a reference", logging.WARNING)
-        if matrix is not None:
-            return matrix
-    if not spec.quantiles:
-        return None
-    edges = common_cuts(member, spec.train, binning)
-    return apart(member, lambda: cuts.reference_of(edges, columns, binning.max_bin, types))
+        return _boost(member, spec, matrices[0], [(matrices[number], name) for number, name in spec.evals])
 
 
 def _threads(member: WorkerMember, params: dict[str, Any]) -> Any:

@@ -16,7 +16,7 @@ from dask_bridges.checkpoints import Checkpoints
 from dask_bridges.errors import DataError
 from dask_bridges.ports import port_range
 from dask_bridges.ui.progress import ProgressBar, wants_bar
-from dask_xgboost import checks, resuming
+from dask_xgboost import checks, known, resuming
 from dask_xgboost.dmatrix import DMatrix, MatrixOptions, _label
 from dask_xgboost.rank import Loop
 from dask_xgboost.report import RoundPrinter
@@ -254,7 +254,7 @@ def _matrix(client: Client, X: Any, fields: dict[str, Any], options: MatrixOptio
         if extra:
             raise DataError(f"{role} is a DMatrix, which has its own fields: pass {extra} when it is made")
         return X
-    return DMatrix.unplaced(client, X, fields, options, role)
+    return known.matrix(client, X, fields, options, role)
 
 
 def _evals(
