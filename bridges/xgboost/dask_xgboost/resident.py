@@ -8,6 +8,7 @@ short, there is nothing to write, and the memory is free.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import threading
 import zlib
@@ -15,8 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from distributed import Client, Future, Worker, get_worker, wait
-from distributed.client import FuturesCancelledError
+from distributed import Client, Future, Worker, get_worker
 
 from dask_bridges.task import WorkerMember
 
@@ -141,6 +141,7 @@ class Residents:
 
     async def taken(self) -> None:
         """Wait until the workers have taken what they are to keep."""
-        if pending := [future for _, future in self._kept.values() if future.status == "pending"]:
-            with contextlib.suppress(TimeoutError, FuturesCancelledError):
-                await wait(pending, timeout=TAKEN_WITHIN)
+        pending = [future.exception() for _, future in self._kept.values() if future.status == "pending"]
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(TAKEN_WITHIN):
+                await asyncio.gather(*pending, return_exceptions=True)
