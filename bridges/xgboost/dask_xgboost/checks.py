@@ -10,7 +10,7 @@ import numpy as np
 from dask_bridges.errors import DataError
 from dask_xgboost.blocks import BlockInfo
 
-__all__ = ["check_array", "check_columns", "check_field", "check_groups", "check_labels", "check_params"]
+__all__ = ["check_array", "check_columns", "check_field", "check_groups", "check_labels", "check_params", "check_width"]
 
 _GLOBAL_ONLY = {
     "booster": {"gblinear": "it updates one weight vector in place; use gbtree or dart"},
@@ -93,6 +93,19 @@ def check_field(name: str, meta: Any) -> None:
                 f"{name} has dtype {dtype}, and numbers are wanted: for classes, their codes, such as "
                 "frame.astype({'the column': 'category'}).categorize() and then .cat.codes of it"
             )
+
+
+def check_width(name: str, collection: Any) -> None:
+    """Refuse several columns where each row has one value: a table of weights, of query ids, of bounds.
+
+    Raises
+    ------
+    DataError
+        Naming the field and its columns.
+    """
+    columns = collection.shape[1] if getattr(collection, "ndim", 1) == 2 else 1
+    if name not in ("label", "base_margin") and columns != 1:
+        raise DataError(f"{name} has {columns} columns; one value a row is wanted")
 
 
 def _is_nested(dtype: Any) -> bool:

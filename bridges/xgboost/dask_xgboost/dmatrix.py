@@ -155,6 +155,7 @@ class DMatrix:
         for name, column in self.columns.items():
             checks.check_field(f"{name}={column!r}", X._meta[column])
         for name, value in others.items():
+            checks.check_width(name, value)
             if partitions.is_frame(value):
                 checks.check_field(name, value._meta)
         self._collections = {"X": X, **others}

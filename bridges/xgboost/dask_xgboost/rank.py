@@ -131,8 +131,9 @@ def _reference(member: WorkerMember, spec: TrainSpec, max_bin: int) -> Any:
 
 
 def _threads(member: WorkerMember, params: dict[str, Any]) -> Any:
-    """The user's number of threads, by either of its names, or the worker's."""
-    return params.get("nthread", params.get("n_jobs", member.worker.state.nthreads))
+    """The user's number of threads, by either of its names; the worker's for none, or a number below one."""
+    wanted = params.get("nthread", params.get("n_jobs", 0))
+    return wanted if int(wanted) > 0 else member.worker.state.nthreads
 
 
 def _boost(

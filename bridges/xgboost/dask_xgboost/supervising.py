@@ -14,7 +14,7 @@ import xgboost as xgb
 from dask.utils import format_bytes
 from distributed import Client
 
-from dask_bridges import config, placement
+from dask_bridges import placement
 from dask_bridges.devices.members import Wanted
 from dask_bridges.errors import BridgeError, MemberLost, WorkerLeft
 from dask_bridges.events import Event, Progress
@@ -24,6 +24,7 @@ from dask_xgboost import checks, dmatrix, resuming
 from dask_xgboost.communicator import is_collective_error
 from dask_xgboost.devices import wants_gpus, with_own_gpus
 from dask_xgboost.dmatrix import PACKAGES, DMatrix
+from dask_xgboost.places import Places
 from dask_xgboost.rank import Loop, TrainResult, TrainSpec, train_rank
 from dask_xgboost.resuming import Keeping, State
 
@@ -50,9 +51,9 @@ class Supervised:
     loop : Loop
     matrix : DMatrix
     evals : list of (DMatrix, str)
-    workers : sequence of str or None
-    options : dict
-        For `GangPlan`.
+    places : Places
+    exclusive : bool
+        See `GangPlan`.
     keeping : Keeping or None
         None where nothing is kept.
     max_restarts : int
@@ -64,8 +65,8 @@ class Supervised:
     loop: Loop
     matrix: DMatrix
     evals: list[tuple[DMatrix, str]]
-    workers: Sequence[str] | None
-    options: dict[str, Any]
+    places: Places
+    exclusive: bool
     keeping: Keeping | None
     max_restarts: int
     listeners: Sequence[Any] = ()
@@ -150,7 +151,8 @@ class Supervised:
             payloads=self._specs(state),
             workers=self._ranks,
             collateral=is_collective_error,
-            **self.options,
+            timeout=self.places.timeout,
+            exclusive=self.exclusive,
         )
         self._gang = gang = Gang(self.client, plan, number)
         for listener in (reached, *self.listeners):
@@ -179,7 +181,7 @@ class Supervised:
         if not self._names:
             await self._place_first()
             return
-        named = self.workers is not None
+        named = self.places.chosen
         back = await self._with_gpus(await placement.workers_back(self.client, self._names, others=not named))
         places = [worker.address for worker in back]
         matrices = self.matrices
@@ -193,23 +195,21 @@ class Supervised:
 
     async def _place_first(self) -> None:
         matrices = self.matrices
-        usable = await self._usable()
+        addresses = [worker.address for worker in await self._usable()]
         placed = [matrix for matrix in matrices if matrix._loaded is not None]
-        await dmatrix.replace(self.client, placed, self.workers and [worker.address for worker in usable])
-        await dmatrix.place(self.client, matrices, [w.address for w in usable] if self._gpus else self.workers)
+        await dmatrix.replace(self.client, placed, addresses if self.places.chosen else None)
+        await dmatrix.place(self.client, matrices, addresses if self._gpus or self.places.chosen else None)
         for matrix in matrices:
             if self.loop.obj is None:
                 checks.check_labels(matrix.role, self.loop.params, matrix.infos)
-        usable = await self._usable()
+        usable = await self.places.fullest(self.client, await self._usable(), self.matrix.parts)
         await self._spread([worker.address for worker in usable])
         self._settle(usable)
         self._warn([worker for worker in usable if worker.address in self._ranks])
 
     async def _usable(self) -> list[WorkerInfo]:
         """The workers that can train now."""
-        timeout = config.seconds("timeout", self.options["timeout"])
-        workers = await placement.usable_workers(self.client, self.workers, timeout)
-        return await self._with_gpus(workers)
+        return await self._with_gpus(await self.places.usable(self.client))
 
     async def _with_gpus(self, workers: list[WorkerInfo]) -> list[WorkerInfo]:
         """Those that own a GPU, where GPUs train."""
@@ -218,7 +218,7 @@ class Supervised:
         addresses = [worker.address for worker in workers]
         await placement.check_packages(self.client, addresses, PACKAGES, remedy=' ("dask-bridges[xgboost]")')
         workers, self._devices = await with_own_gpus(
-            self.client, workers, named=self.workers is not None, timeout=self.options["timeout"]
+            self.client, workers, named=self.places.workers is not None, timeout=self.places.timeout
         )
         return workers
 

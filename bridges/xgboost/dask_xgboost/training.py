@@ -18,6 +18,7 @@ from dask_bridges.ports import port_range
 from dask_bridges.ui.progress import ProgressBar, wants_bar
 from dask_xgboost import checks, resuming
 from dask_xgboost.dmatrix import DMatrix, MatrixOptions, _label
+from dask_xgboost.places import Places
 from dask_xgboost.rank import Loop
 from dask_xgboost.report import RoundPrinter
 from dask_xgboost.resuming import Keeping
@@ -55,6 +56,8 @@ def train(
     enable_categorical: bool = True,
     max_bin: int | None = None,
     workers: Sequence[str] | None = None,
+    n_workers: int | None = None,
+    resources: Mapping[str, float] | None = None,
     progress: bool | None = None,
     checkpoint: str | Path | Checkpoints | None = None,
     checkpoint_every: int = 10,
@@ -113,6 +116,11 @@ def train(
         The same as ``params["max_bin"]``.
     workers : sequence of str, optional
         Addresses or names of the workers to use.
+    n_workers : int, optional
+        Use so many of them at most, those that hold most of the rows, and wait until there are so many.
+    resources : mapping, optional
+        Use workers that declare so much of each resource, such as ``{"memory": 64e9}``: those that were started with
+        ``dask worker --resources``. Nothing of it is taken away from Dask's own tasks.
     progress : bool, optional
         Show a progress bar; by default where a person looks on (terminal, notebook).
     checkpoint : str, Path or Checkpoints, optional
@@ -173,6 +181,7 @@ def train(
     settings = dict(params)
     if isinstance(params, Sequence) and len(settings) < len(params):
         settings["eval_metric"] = [value for name, value in params if name == "eval_metric"]
+    settings = {name: value for name, value in settings.items() if value is not None}  # as XGBoost reads them
     if max_bin is not None:
         settings["max_bin"] = max_bin
     checks.check_params(settings)
@@ -205,8 +214,8 @@ def train(
         loop=loop,
         matrix=matrix,
         evals=_evals(client, evals or (), X, matrix, given),
-        workers=workers,
-        options={"exclusive": exclusive, "timeout": timeout},
+        places=Places(workers, n_workers, resources, timeout),
+        exclusive=exclusive,
         keeping=_keeping(settings, checkpoint, checkpoint_every, max_restarts),
         max_restarts=max_restarts,
         listeners=listeners,
