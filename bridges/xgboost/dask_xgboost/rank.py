@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import xgboost as xgb
+from xgboost import collective
 
 from dask_bridges.devices.members import Wanted
 from dask_bridges.task import WorkerMember
@@ -60,6 +63,8 @@ class TrainSpec:
         Whether the cuts are those of `state` as they are, for the rows are elsewhere now.
     devices : Wanted or None
         Its worker's GPU.
+    finishing : bool
+        Whether an earlier attempt was asked to stop.
     """
 
     loop: Loop
@@ -69,6 +74,7 @@ class TrainSpec:
     state: State | None = None
     same_cuts: bool = False
     devices: Wanted | None = None
+    finishing: bool = False
 
 
 @dataclass(frozen=True)
@@ -87,6 +93,7 @@ def train_rank(member: WorkerMember, spec: TrainSpec) -> TrainResult | None:
     communicator is thread-local.
     """
     loop = spec.loop
+    member.finishing |= spec.finishing
     with (
         own_gpu(member, spec.devices),
         left_behind(member),
@@ -160,8 +167,9 @@ def _boost(
         total=loop.num_boost_round,
         every=loop.segment,
         model=loop.xgb_model,
-        callbacks=[_Report(member, loop.num_boost_round, wanted, evals, custom), *remembering],
+        callbacks=[_Report(member, loop.num_boost_round, wanted, evals, custom), *remembering, _Finish(member)],
         remembering=remembering,
+        agreed=functools.partial(_agreed, member),
         obj=loop.obj,
         custom_metric=custom,
     )
@@ -173,6 +181,13 @@ def _boost(
         default = params.get("disable_default_eval_metric", 0)
         booster.set_param([("disable_default_eval_metric", default), *(("eval_metric", name) for name in areas)])
     return booster, history
+
+
+def _agreed(member: WorkerMember, wanted: bool) -> bool:
+    """Whether the ranks end here, since one wants to: it must not leave the others waiting for it."""
+    if member.world_size == 1:
+        return bool(wanted)
+    return bool(collective.allreduce(np.array([wanted], dtype="int8"), collective.Op.MAX)[0])
 
 
 def _global_metrics(areas: list[str], loop: Loop) -> GlobalMetrics:
@@ -229,6 +244,17 @@ class _Report(xgb.callback.TrainingCallback):  # type: ignore[misc]
                 self.member.metrics(epoch, newest)
             self.member.progress(epoch + 1, self.total)
         return False
+
+
+class _Finish(xgb.callback.TrainingCallback):  # type: ignore[misc]
+    """Ends the training after a round, last of all callbacks, where somebody has asked for it."""
+
+    def __init__(self, member: WorkerMember) -> None:
+        self.member = member
+
+    def after_iteration(self, model: Any, epoch: int, evals_log: Any) -> bool:
+        """Ask the other ranks to end, too."""
+        return self.member.finishing
 
 
 def _in_order(wanted: Sequence[str], found: Sequence[str], areas: Sequence[str]) -> list[str]:

@@ -17,7 +17,7 @@ from distributed import Client
 from dask_bridges import placement
 from dask_bridges.devices.members import Wanted
 from dask_bridges.errors import BridgeError, MemberLost, WorkerLeft
-from dask_bridges.events import Event, Progress
+from dask_bridges.events import Event, FinishAsked, Progress
 from dask_bridges.gang import Gang, GangPlan
 from dask_bridges.placement import WorkerInfo
 from dask_xgboost import checks, dmatrix, resuming
@@ -74,6 +74,7 @@ class Supervised:
     _ranks: list[str] = field(default_factory=list)  # their addresses
     _placement: resuming.Placement = ()
     _gang: Gang | None = None
+    _finishing: bool = False  # whether somebody has asked it to stop
     _devices: Mapping[str, Wanted] = field(default_factory=dict)  # by the workers' addresses, where GPUs train
 
     def __post_init__(self) -> None:
@@ -116,6 +117,7 @@ class Supervised:
                 if not self.max_restarts or self._is_taken_away():
                     raise
                 state = await self._kept() or state
+                self._finishing |= reached.finishing
                 come = max(reached.rounds, state.round if state is not None else 0)
                 if isinstance(lost, MemberLost):  # and not while the data were placed, which tells of no bug
                     barren = 0 if come > furthest else barren + 1
@@ -153,6 +155,7 @@ class Supervised:
             collateral=is_collective_error,
             timeout=self.places.timeout,
             exclusive=self.exclusive,
+            finishes=True,
         )
         self._gang = gang = Gang(self.client, plan, number)
         for listener in (reached, *self.listeners):
@@ -295,6 +298,7 @@ class Supervised:
                 state=state,
                 same_cuts=state is not None and state.placement[0] != self._placement[0],
                 devices=self._devices.get(worker),
+                finishing=self._finishing,
             )
             for worker in self._ranks
         ]
@@ -341,12 +345,15 @@ class Supervised:
 
 
 class _Reached:
-    """Listens for how many rounds are over."""
+    """Listens for how many rounds are over, and whether the training is to stop."""
 
     def __init__(self) -> None:
         self.rounds = 0
+        self.finishing = False
 
     def __call__(self, event: Event) -> None:
         """Hear of one."""
         if isinstance(event, Progress):
             self.rounds = max(self.rounds, event.done)
+        elif isinstance(event, FinishAsked):
+            self.finishing = True

@@ -14,6 +14,7 @@ from distributed import Client
 from dask_bridges import clients, config, placement
 from dask_bridges.checkpoints import Checkpoints
 from dask_bridges.errors import DataError
+from dask_bridges.events import Listener
 from dask_bridges.ports import port_range
 from dask_bridges.ui.progress import ProgressBar, wants_bar
 from dask_xgboost import checks, resuming
@@ -59,6 +60,7 @@ def train(
     n_workers: int | None = None,
     resources: Mapping[str, float] | None = None,
     progress: bool | None = None,
+    listen: Listener | None = None,
     checkpoint: str | Path | Checkpoints | None = None,
     checkpoint_every: int = 10,
     max_restarts: int = 3,
@@ -123,6 +125,9 @@ def train(
         ``dask worker --resources``. Nothing of it is taken away from Dask's own tasks.
     progress : bool, optional
         Show a progress bar; by default where a person looks on (terminal, notebook).
+    listen : callable, optional
+        Called here with everything the workers tell, as it comes (`dask_bridges.events`): the metrics of each round,
+        progress, log lines. It runs on the client's event loop and must not block.
     checkpoint : str, Path or Checkpoints, optional
         A folder that all hosts share, or any other fsspec URL that they reach: rank 0 keeps the state there, and
         what is there is gone on from, by this call where workers are lost and by a later one. By default every
@@ -207,6 +212,8 @@ def train(
     if early_stopping_rounds and not evals:
         raise DataError("early_stopping_rounds needs rows to look at: pass evals=[(what, name)]")
     listeners: list[Any] = [RoundPrinter(verbose_eval)] if verbose_eval else []
+    if listen is not None:
+        listeners.append(listen)
     if wants_bar(progress):
         listeners.append(ProgressBar("XGBoost"))
     training = Supervised(
