@@ -20,6 +20,7 @@ from dask_bridges.errors import DataError
 from dask_xgboost import labels, prediction, scores
 from dask_xgboost.dmatrix import DMatrix, MatrixOptions
 from dask_xgboost.inmemory import next_turn, on_workers
+from dask_xgboost.metrics import Gathered, on_one_machine
 from dask_xgboost.places import Places
 from dask_xgboost.sets import Rows, sets_of
 from dask_xgboost.steps import Steps, run
@@ -171,7 +172,10 @@ class OnCluster(xgb.XGBModel):  # type: ignore[misc]
         """Train on the cluster."""
         coded, classes = yield from self._coded(client, sets)
         params = self._training_params(classes)
-        model, metric, params, feature_weights = self._configure_fit(xgb_model, params, feature_weights)
+        model, metric, params, feature_weights = super()._configure_fit(xgb_model, params, feature_weights)
+        given = self.eval_metric if isinstance(self.eval_metric, Sequence) else [self.eval_metric]
+        if any(isinstance(one, Gathered) for one in given):  # XGBoost has wrapped it in a function of its own
+            metric = Gathered(metric)
         matrices = yield from self._matrices(client, coded, feature_weights, places)
         history: dict[str, Any] = {}
         booster = yield train(
@@ -195,6 +199,11 @@ class OnCluster(xgb.XGBModel):  # type: ignore[misc]
         self._set_evaluation_result(history)
         self._trained(params, classes)
         return self
+
+    def _configure_fit(self, *args: Any) -> tuple[Any, Any, Any, Any]:
+        """What XGBoost's own `fit` gets, to train here."""
+        model, metric, params, feature_weights = super()._configure_fit(*args)
+        return model, on_one_machine(metric), params, feature_weights
 
     def _coded(self, client: Client, sets: list[Rows]) -> Steps:
         """The sets with numbers for labels; and the classes, None if labels are no classes."""

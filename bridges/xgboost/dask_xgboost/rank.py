@@ -156,7 +156,7 @@ def _boost(
     if member.world_size > 1 and not matrix.get_uint_info("group_ptr").size:
         areas = [name for name in wanted if name in AREAS]
     custom = loop.custom_metric
-    if areas or (custom is not None and member.world_size > 1):
+    if areas or custom is not None:
         custom = _global_metrics(areas, loop)
     remembering = list(loop.callbacks)
     if loop.early_stopping_rounds:

@@ -100,10 +100,14 @@ def train(
         Weights that are a column of `X` are taken where `what` has that column.
     evals_result : dict, optional
         Filled with ``{name: {metric: [value, ...]}}``. Values are those of all rows:
-        ``auc`` and ``aucpr`` from the scores of all workers, a custom metric's
-        averaged by weight (or rows).
-    obj, custom_metric, maximize, early_stopping_rounds : optional
-        As in `xgboost.train`. Functions run on every worker, on its rows.
+        ``auc`` and ``aucpr`` from the scores of all workers.
+    obj, maximize, early_stopping_rounds : optional
+        As in `xgboost.train`. `obj` runs on every worker, on its rows.
+    custom_metric : callable, optional
+        ``custom_metric(predictions, matrix)`` as in `xgboost.train`; it runs on every worker, on its rows, and gives
+        ``(name, value)``, of which the average by weight (or rows) is taken; or ``(name, (numerator, denominator))``,
+        which are summed over the workers and then divided; or a list of such. With `gathered` it runs once, on the
+        predictions of all rows.
     callbacks : sequence of xgboost.callback.TrainingCallback, optional
         Run on every worker; rank 0's state is copied back into the given objects. Where a training goes on after a
         loss, `before_training` is called again, and then they have back what can be pickled of their state (from
