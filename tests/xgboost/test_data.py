@@ -386,14 +386,6 @@ def test_categoricals_are_refused_where_they_are_not_wanted(bridges_client: Clie
 # Partitions
 
 
-def test_query_groups_cut_between_partitions_are_refused(bridges_client: Client) -> None:
-    df = dd.from_pandas(small(qid=np.arange(N) // 7), npartitions=3)
-    refused(
-        bridges_client, r"query group \d+ of X lies in partitions 0 and 1, and 2 groups", df,
-        params={"objective": "rank:ndcg"}, qid="qid",
-    )  # fmt: skip
-
-
 def test_a_partition_with_other_columns_is_named(bridges_client: Client) -> None:
     df = in_partitions(small(), small().rename(columns={"a": "z"}), meta=small()[:0])
     refused(bridges_client, r"partition 1 of X has columns \['z', 'b'\], not \['a', 'b'\]", df)

@@ -55,7 +55,7 @@ class _Blocks(xgb.DataIter):  # type: ignore[misc]
             self.prototype = X[:0].copy()  # a view of a received buffer may be misaligned
         ready = {name: as_array(values) for name, values in fields.items() if name != "qid"}
         if "qid" in fields:
-            qid = np.asarray(fields["qid"])
+            qid = np.asarray(fields["qid"]).reshape(-1)
             order = np.argsort(qid, kind="stable")
             if not (order[1:] > order[:-1]).all():
                 X = X.iloc[order] if hasattr(X, "iloc") else X[order]
