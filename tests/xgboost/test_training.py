@@ -170,6 +170,13 @@ def test_gives_the_model_of_one_machine_with(bridges_client: Client, rows: Any, 
     assert_same(booster, oracle, rows.X, **given)
 
 
+def test_parameters_that_are_none_are_left_out_as_xgboost_does(bridges_client: Client, rows: Any) -> None:
+    label = rows.labels["binary:logistic"]
+    params = {**LOGISTIC, "max_bin": None, "nthread": None, "eval_metric": None, "num_class": None}
+    booster = dask_xgboost.train(bridges_client, params, blocks(rows.X), blocks(label), num_boost_round=4)
+    assert_same(booster, alone(params, rows.X, label), rows.X)
+
+
 def test_max_bin_may_be_a_keyword(bridges_client: Client, rows: Any) -> None:
     label = rows.labels["reg:squarederror"]
     X = np.argsort(np.argsort(label + rows.X.T, axis=1), axis=1).T.astype("float32")  # 420 values, not 256
@@ -339,9 +346,12 @@ def test_the_best_model_may_be_kept_by_a_callback(bridges_client: Client, rows: 
     assert stop.best_scores["valid"]["logloss"]
 
 
-@pytest.mark.parametrize(("name", "wanted"), [(None, "1"), ("nthread", "2"), ("n_jobs", "2")])
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [({}, "1"), ({"nthread": 2}, "2"), ({"n_jobs": 2}, "2"), ({"n_jobs": -1}, "1"), ({"nthread": 0}, "1")],
+)
 def test_each_worker_uses_its_threads_unless_told_otherwise(
-    bridges_client: Client, rows: Any, name: str | None, wanted: str
+    bridges_client: Client, rows: Any, given: Any, wanted: str
 ) -> None:
     class Threads(xgb.callback.TrainingCallback):
         def after_training(self, model: Any) -> Any:
@@ -351,9 +361,12 @@ def test_each_worker_uses_its_threads_unless_told_otherwise(
             return model
 
     threads = Threads()
-    params = LOGISTIC if name is None else {**LOGISTIC, name: 2}
     dask_xgboost.train(
-        bridges_client, params, blocks(rows.X), blocks(rows.labels["binary:logistic"]), callbacks=[threads]
+        bridges_client,
+        {**LOGISTIC, **given},
+        blocks(rows.X),
+        blocks(rows.labels["binary:logistic"]),
+        callbacks=[threads],
     )
     assert threads.found == wanted
 

@@ -10,7 +10,7 @@ import numpy as np
 from dask_bridges.errors import DataError
 from dask_xgboost.blocks import BlockInfo
 
-__all__ = ["check_array", "check_columns", "check_field", "check_labels", "check_params", "check_width"]
+__all__ = ["check_array", "check_columns", "check_field", "check_labels", "check_params", "check_ranks", "check_width"]
 
 _GLOBAL_ONLY = {
     "booster": {"gblinear": "it updates one weight vector in place; use gbtree or dart"},
@@ -38,6 +38,24 @@ def check_params(params: Mapping[str, Any]) -> None:
     for updater in ("shotgun", "coord_descent", "grow_colmaker"):
         if updater in updaters:
             raise ValueError(f"updater={updater!r} cannot be trained on a cluster; leave updater out")
+    if "refresh" in updaters:
+        raise ValueError(
+            "updater='refresh' wants the features themselves, and partitions are binned: use xgboost.train on one machine"
+        )
+
+
+def check_ranks(params: Mapping[str, Any], ranks: int) -> None:
+    """Refuse what XGBoost does in one process only, where there are several.
+
+    Raises
+    ------
+    ValueError
+        Naming the parameter and what to use.
+    """
+    if params.get("process_type") == "update" and ranks > 1:
+        raise ValueError(
+            f"process_type='update' on {ranks} workers: XGBoost updates trees in one process only. Use n_workers=1"
+        )
 
 
 def check_columns(role: str, meta: Any) -> None:

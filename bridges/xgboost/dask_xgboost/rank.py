@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -43,6 +43,7 @@ class Loop:
     tracker_host: str | None = None
     tracker_port: int | str | tuple[int, int] = 0
     segment: int = 10
+    config: dict[str, Any] = field(default_factory=dict)  # the client's `xgboost.get_config`
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,7 @@ def train_rank(member: WorkerMember, spec: TrainSpec) -> TrainResult | None:
         own_gpu(member, spec.devices),
         left_behind(member),
         capture_log(member),
+        xgb.config_context(**loop.config),
         communicator(member, loop.tracker_host, loop.tracker_port),
     ):
         booster, history = _trained(member, spec)

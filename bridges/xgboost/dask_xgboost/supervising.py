@@ -208,6 +208,7 @@ class Supervised:
         usable = await self.places.fullest(self.client, await self._usable(), self.matrix.parts)
         await self._spread([worker.address for worker in usable])
         self._settle(usable)
+        checks.check_ranks(self.loop.params, len(self._ranks))
         self._warn([worker for worker in usable if worker.address in self._ranks])
 
     async def _usable(self) -> list[WorkerInfo]:

@@ -211,6 +211,7 @@ def train(
         tracker_host=config.get("xgboost.tracker-host", tracker_host),
         tracker_port=config.get("xgboost.tracker-port", tracker_port),
         segment=max(1, num_boost_round) if _unkept(settings) else checkpoint_every,
+        config=xgb.get_config(),
     )
     port_range(loop.tracker_port, "tracker_port")
     if early_stopping_rounds and not evals:
