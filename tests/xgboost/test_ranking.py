@@ -26,7 +26,7 @@ from dask_xgboost import grouping
 pytestmark = pytest.mark.cluster
 
 METRICS = ["ndcg", "ndcg@3", "map@5", "pre@2", "auc"]
-few_layouts = settings(max_examples=4, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+few_layouts = settings(max_examples=3, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 
 
 def params_of(objective: str = "rank:ndcg", **others: Any) -> dict[str, Any]:
@@ -79,7 +79,9 @@ def assert_same(ours: tuple[xgb.Booster, Any], theirs: tuple[xgb.Booster, Any], 
         np.testing.assert_allclose(ours[1][name], values, atol=2e-5, err_msg=name)
 
 
-@pytest.mark.parametrize("objective", ["rank:ndcg", "rank:pairwise", "rank:map"])
+@pytest.mark.parametrize(
+    "objective", ["rank:ndcg", *(pytest.param(name, marks=pytest.mark.slow) for name in ("rank:pairwise", "rank:map"))]
+)
 def test_a_ranking_is_that_of_one_machine_however_groups_are_cut(bridges_client: Client, objective: str) -> None:
     frame, params = queries(), params_of(objective)
     oracle = alone(frame, params)
@@ -92,7 +94,14 @@ def test_a_ranking_is_that_of_one_machine_however_groups_are_cut(bridges_client:
     check()
 
 
-@pytest.mark.parametrize("kind", ["in order", "few pieces", "sparse", "arrays", "one partition a group"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "in order",
+        "arrays",
+        *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("few pieces", "sparse", "one partition a group")),
+    ],
+)
 def test_groups_come_together_of(bridges_client: Client, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     frame, params = queries(), params_of()
     if kind == "in order":
@@ -163,7 +172,7 @@ def test_the_weight_of_a_group_is_that_of_its_first_row_wherever_it_lies(bridges
     assert_same(ours, alone(frame, params_of(), weight=firsts), frame)
 
 
-@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("weighted", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_metrics_of_weighted_groups_are_those_of_one_process(bridges_client: Client, weighted: bool) -> None:
     """On skewed shards: a worker with one large group, and others with many small ones. The trees are constant."""
     frame = queries().sort_values("qid", kind="stable")
@@ -192,6 +201,7 @@ class Dies(xgb.callback.TrainingCallback):
         return False
 
 
+@pytest.mark.slow
 def test_groups_come_together_again_after_a_loss(bridges_doomed_client: Client, tmp_path: Path) -> None:
     frame, params = queries(), params_of()
     df = in_partitions(*cut(frame, range(60, 420, 60)))

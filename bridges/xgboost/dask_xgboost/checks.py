@@ -40,7 +40,7 @@ def check_params(params: Mapping[str, Any]) -> None:
             raise ValueError(f"updater={updater!r} cannot be trained on a cluster; leave updater out")
     if "refresh" in updaters:
         raise ValueError(
-            "updater='refresh' wants the features themselves, and partitions are binned: use xgboost.train on one machine"
+            "updater='refresh' wants features as they are, and partitions are binned: use xgboost.train on one machine"
         )
 
 
