@@ -11,12 +11,13 @@ from typing import Any
 
 import numpy as np
 from dask.core import flatten
-from distributed import Client
+from distributed import Client, Worker
 
 from dask_bridges import clients, config, partitions, placement
 from dask_bridges.errors import DataError, PlacementError
 from dask_xgboost import checks, grouping
 from dask_xgboost.blocks import FIELDS, BlockInfo, inspect, union_of_categories
+from dask_xgboost.resident import Residents
 
 __all__ = ["DMatrix", "MatrixOptions", "MatrixSpec", "place", "prepare", "replace"]
 
@@ -49,24 +50,41 @@ class MatrixSpec:
         Fields that are columns of X.
     categories : dict
         The categories all partitions agree on, by column.
+    num_features : int
     feature_names, feature_types : list of str or None
     options : MatrixOptions
+    held : str or None
+        Key of what was built of it before, see `resident`.
+    token : str or None
+        Under which it is left to the client if it is built.
+    released : bool
+        Whether the parts need not be there.
     """
 
     keys: tuple[Any, ...]
     columns: tuple[tuple[str, str], ...]
     categories: dict[str, Any]
+    num_features: int
     feature_names: list[str] | None
     feature_types: list[str] | None
     options: MatrixOptions
+    held: str | None = None
+    token: str | None = None
+    released: bool = False
+
+    def there(self, worker: Worker) -> bool:
+        """Whether the parts are there to build it from."""
+        return not self.released and all(key in worker.data for key in self.keys)
 
 
 class DMatrix:
     """A distributed matrix: features, labels and what else belongs to each row.
 
-    Built once, it can be trained on and evaluated on many times: its partitions
-    are computed, checked and spread over the workers when it is made, and stay
-    there as long as it lives.
+    Made once, it can be trained on and evaluated on many times: its partitions
+    are computed, checked and spread over the workers when it is made, and binned
+    by the first training; the next ones find them binned. All of it stays there as
+    long as the matrix lives, but for what is binned where a worker is short of
+    memory, which is binned again.
 
     Parameters
     ----------
@@ -88,6 +106,9 @@ class DMatrix:
         The value that stands for a missing one.
     enable_categorical : bool, default True
         Whether categorical columns are trained on as such.
+    release : bool, default False
+        Let go of the partitions once a training has binned them. They are computed again where a worker is lost,
+        memory is short, or a training wants other bins.
 
     Raises
     ------
@@ -122,11 +143,13 @@ class DMatrix:
         feature_types: Sequence[str] | None = None,
         missing: float = float("nan"),
         enable_categorical: bool = True,
+        release: bool = False,
     ) -> None:
         client = clients.current(client)
         values = (_label(y, label), weight, base_margin, qid, label_lower_bound, label_upper_bound)
         options = MatrixOptions(feature_weights, feature_names, feature_types, missing, enable_categorical)
         self._define(client, X, dict(zip(FIELDS, values)), options, role="X")
+        self.release = release
         prepare(client, [self])
         if not client.asynchronous:
             clients.call(client, self.ready)
@@ -159,6 +182,9 @@ class DMatrix:
             if partitions.is_frame(value):
                 checks.check_field(name, value._meta)
         self._collections = {"X": X, **others}
+        self.release = True
+        self.residents = Residents()
+        self.among: frozenset[str] = frozenset()  # the workers that it was spread over, with those that got nothing
         self._prepared: partitions.Prepared | None = None
         self._loaded: partitions.Partitions | None = None
 
@@ -252,15 +278,21 @@ class DMatrix:
             self.parts.split(self.client, len(ranks))
         await self.parts.spread(self.client, ranks, everywhere=everywhere)
 
-    def spec(self, worker: str, categories: dict[str, Any]) -> MatrixSpec:
+    def spec(
+        self, worker: str, categories: dict[str, Any], held: str | None = None, token: str | None = None
+    ) -> MatrixSpec:
         """What the rank on `worker` needs."""
         return MatrixSpec(
             keys=self.parts.keys_on(worker),
             columns=tuple(self.columns.items()),
             categories=categories,
+            num_features=self.num_features,
             feature_names=self.feature_names,
             feature_types=self.feature_types,
             options=self.options,
+            held=held,
+            token=token,
+            released=self.parts.released,
         )
 
 

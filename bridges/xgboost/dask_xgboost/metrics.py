@@ -17,6 +17,8 @@ import numpy as np
 import xgboost as xgb
 from xgboost import collective
 
+from dask_xgboost.gathering import all_gather
+
 __all__ = ["AREAS", "AllRows", "Gathered", "GlobalMetrics", "gathered", "on_one_machine", "pr_auc", "roc_auc"]
 
 #: Built-in metrics computed here.
@@ -151,18 +153,6 @@ def pr_auc(tp: Any, fp: Any) -> float:
     return float(area.sum())
 
 
-def _all_gather(values: Any) -> Any:
-    """Arrays of all ranks, one after the other, through XGBoost's communicator."""
-    rank, world = collective.get_rank(), collective.get_world_size()
-    lengths = np.zeros(world, dtype="int64")
-    lengths[rank] = len(values)
-    lengths = collective.allreduce(lengths, collective.Op.SUM)
-    gathered = np.zeros(int(lengths.sum()), dtype=values.dtype)
-    start = int(lengths[:rank].sum())
-    gathered[start : start + len(values)] = values
-    return collective.allreduce(gathered, collective.Op.SUM)
-
-
 def _coarse(scores: Any) -> Any:
     """Scores rounded towards zero to 11 bits of mantissa, in the same order."""
     bits = np.asarray(scores, dtype="float32").view("int32")
@@ -180,7 +170,7 @@ def _merged(scores: Any, positive: Any, weight: Any) -> tuple[Any, Any]:
     if total > EXACT_SCORES:
         scores = _coarse(scores)
     local = _sums(scores[positive > 0], (positive * weight)[positive > 0])
-    thresholds, tp = _sums(*(_all_gather(values) for values in local))
+    thresholds, tp = _sums(*(all_gather(values) for values in local))
     fp = _between(scores[positive < 1], ((1 - positive) * weight)[positive < 1], thresholds)
     fp = collective.allreduce(fp, collective.Op.SUM)
     at_all = np.zeros(len(fp))
@@ -240,11 +230,11 @@ def _all_rows(predictions: Any, matrix: xgb.DMatrix) -> tuple[AllRows, Any]:
         "group": np.diff(matrix.get_uint_info("group_ptr").astype("int64")),
     }
     total = int(collective.allreduce(np.array([matrix.num_row()], dtype="int64"), collective.Op.SUM)[0])
-    everything = {name: _all_gather(np.ascontiguousarray(values).ravel()) for name, values in mine.items()}
+    everything = {name: all_gather(np.ascontiguousarray(values).ravel()) for name, values in mine.items()}
     everything["group"] = everything["group"][everything["group"] > 0]
     for name in ("label", "base_margin"):
         everything[name] = _in_rows(everything[name], total)
-    return AllRows(**everything), _in_rows(_all_gather(np.ascontiguousarray(predictions).ravel()), total)
+    return AllRows(**everything), _in_rows(all_gather(np.ascontiguousarray(predictions).ravel()), total)
 
 
 def _in_rows(values: Any, rows: int) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,18 +13,15 @@ from xgboost import collective
 
 from dask_bridges.devices.members import Wanted
 from dask_bridges.task import WorkerMember
-from dask_xgboost import cuts
 from dask_xgboost.boosting import Rounds
 from dask_xgboost.communicator import capture_log, communicator
 from dask_xgboost.devices import own_gpu
-from dask_xgboost.dmatrix import MatrixSpec
-from dask_xgboost.matrices import build
 from dask_xgboost.metrics import AREAS, GlobalMetrics
+from dask_xgboost.ready import Agreed, MatricesSpec, agree, ready
+from dask_xgboost.resident import Built, lent
 from dask_xgboost.resuming import Keeper, Keeping, State, left_behind
 
 __all__ = ["TrainResult", "TrainSpec", "train_rank"]
-
-MAX_BIN = 256  # XGBoost's default
 
 
 @dataclass(frozen=True)
@@ -44,6 +40,7 @@ class Loop:
     tracker_port: int | str | tuple[int, int] = 0
     segment: int = 10
     config: dict[str, Any] = field(default_factory=dict)  # the client's `xgboost.get_config`
+    cuts: str = "auto"
 
 
 @dataclass(frozen=True)
@@ -53,15 +50,13 @@ class TrainSpec:
     Attributes
     ----------
     loop : Loop
-    train : MatrixSpec
-    evals : tuple of (MatrixSpec or None, str)
-        None is the training set itself.
+    matrices : MatricesSpec
+    evals : tuple of (int, str)
+        The number of the matrix, 0 for the training set itself, and the name.
     keeping : Keeping or None
         Where the state is kept.
     state : State or None
         To go on from.
-    same_cuts : bool
-        Whether the cuts are those of `state` as they are, for the rows are elsewhere now.
     devices : Wanted or None
         Its worker's GPU.
     finishing : bool
@@ -69,28 +64,37 @@ class TrainSpec:
     """
 
     loop: Loop
-    train: MatrixSpec
-    evals: tuple[tuple[MatrixSpec | None, str], ...]
+    matrices: MatricesSpec
+    evals: tuple[tuple[int, str], ...]
     keeping: Keeping | None = None
     state: State | None = None
-    same_cuts: bool = False
     devices: Wanted | None = None
     finishing: bool = False
 
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What rank 0 brings back."""
+    """What rank 0 brings back.
 
-    booster: xgb.Booster
+    Attributes
+    ----------
+    booster : xgboost.Booster or None
+        None where matrices are lacking, see `Agreed`.
+    history : dict
+    callbacks : sequence of TrainingCallback
+    agreed : Agreed
+    """
+
+    booster: xgb.Booster | None
     history: dict[str, Any]
     callbacks: Sequence[Any]
+    agreed: Agreed
 
 
 def train_rank(member: WorkerMember, spec: TrainSpec) -> TrainResult | None:
     """Train one rank; rank 0 returns the result.
 
-    The communicator, the matrices and the training share this thread: XGBoost's
+    The communicator and the training share this thread: XGBoost's
     communicator is thread-local.
     """
     loop = spec.loop
@@ -101,42 +105,19 @@ def train_rank(member: WorkerMember, spec: TrainSpec) -> TrainResult | None:
         capture_log(member),
         xgb.config_context(**loop.config),
         communicator(member, loop.tracker_host, loop.tracker_port),
+        lent(member, [each.held for each in spec.matrices.each]) as held,
     ):
-        booster, history = _trained(member, spec)
-    return TrainResult(booster, history, loop.callbacks) if member.rank == 0 else None
+        agreed = agree(member, spec.matrices, held)
+        booster, history = (None, {}) if agreed.lacking else _trained(member, spec, agreed, held)
+    return TrainResult(booster, history, loop.callbacks, agreed) if member.rank == 0 else None
 
 
-def _trained(member: WorkerMember, spec: TrainSpec) -> tuple[xgb.Booster, dict[str, Any]]:
-    matrix, evals = _matrices(member, spec)
+def _trained(
+    member: WorkerMember, spec: TrainSpec, agreed: Agreed, held: Sequence[Built | None]
+) -> tuple[xgb.Booster, dict[str, Any]]:
+    matrices = ready(member, spec.matrices, agreed, held, int(_threads(member, spec.loop.params)))
     with member.span("compute"):
-        return _boost(member, spec, matrix, evals)
-
-
-def _matrices(member: WorkerMember, spec: TrainSpec) -> tuple[Any, list[tuple[Any, str]]]:
-    """Every rank builds every matrix: XGBoost agrees on cuts and categories between them."""
-    params = spec.loop.params
-    binning = {
-        "max_bin": int(params.get("max_bin", MAX_BIN)),
-        "nthread": int(_threads(member, params)),
-    }
-    matrix, prototype = build(member, spec.train, **binning, ref=_reference(member, spec, binning["max_bin"]))
-    evals = []
-    for matrix_spec, name in spec.evals:
-        if matrix_spec is None:
-            evals.append((matrix, name))
-        else:
-            evals.append((build(member, matrix_spec, **binning, ref=matrix, empty=prototype)[0], name))
-    return matrix, evals
-
-
-def _reference(member: WorkerMember, spec: TrainSpec, max_bin: int) -> Any:
-    """What to bin against so that the cuts are those of before; None to find them."""
-    if spec.state is None or not spec.same_cuts:
-        return None
-    matrix = cuts.reference(spec.state.cuts, max_bin, cuts.types(spec.train))
-    if matrix is None and not member.rank:
-        member.log("the cut points are found anew: those of before cannot be had from a reference", logging.WARNING)
-    return matrix
+        return _boost(member, spec, matrices[0], [(matrices[number], name) for number, name in spec.evals])
 
 
 def _threads(member: WorkerMember, params: dict[str, Any]) -> Any:

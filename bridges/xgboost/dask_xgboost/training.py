@@ -17,7 +17,7 @@ from dask_bridges.errors import DataError
 from dask_bridges.events import Listener
 from dask_bridges.ports import port_range
 from dask_bridges.ui.progress import ProgressBar, wants_bar
-from dask_xgboost import checks, resuming
+from dask_xgboost import checks, known, resuming
 from dask_xgboost.dmatrix import DMatrix, MatrixOptions, _label
 from dask_xgboost.places import Places
 from dask_xgboost.rank import Loop
@@ -56,6 +56,7 @@ def train(
     missing: float = float("nan"),
     enable_categorical: bool = True,
     max_bin: int | None = None,
+    cuts: str = "auto",
     workers: Sequence[str] | None = None,
     n_workers: int | None = None,
     resources: Mapping[str, float] | None = None,
@@ -120,6 +121,10 @@ def train(
         See `DMatrix`.
     max_bin : int, optional
         The same as ``params["max_bin"]``.
+    cuts : {"auto", "quantiles", "sketch"}
+        Where columns are cut into bins: at the quantiles of all rows, each within a ``1 / (4 * max_bin)`` of the
+        exact one, whose cuts do not depend on where partitions lie; or where XGBoost's own sketch of each
+        worker's rows says, which takes longer. "auto" is "quantiles" from 100,000 rows on, and "sketch" on GPUs.
     workers : sequence of str, optional
         Addresses or names of the workers to use.
     n_workers : int, optional
@@ -212,7 +217,10 @@ def train(
         tracker_port=config.get("xgboost.tracker-port", tracker_port),
         segment=max(1, num_boost_round) if _unkept(settings) else checkpoint_every,
         config=xgb.get_config(),
+        cuts=cuts,
     )
+    if cuts not in ("auto", "quantiles", "sketch"):
+        raise ValueError(f"cuts={cuts!r}: give 'auto', 'quantiles' or 'sketch'")
     port_range(loop.tracker_port, "tracker_port")
     if early_stopping_rounds and not evals:
         raise DataError("early_stopping_rounds needs rows to look at: pass evals=[(what, name)]")
@@ -267,7 +275,7 @@ def _matrix(client: Client, X: Any, fields: dict[str, Any], options: MatrixOptio
         if extra:
             raise DataError(f"{role} is a DMatrix, which has its own fields: pass {extra} when it is made")
         return X
-    return DMatrix.unplaced(client, X, fields, options, role)
+    return known.matrix(client, X, fields, options, role)
 
 
 def _evals(
