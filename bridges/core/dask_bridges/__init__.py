@@ -9,6 +9,8 @@ together. ``dask_xgboost`` and the other bridges are thin adapters on it.
 True
 """
 
+from typing import TYPE_CHECKING, Any
+
 from dask_bridges import config as _config
 from dask_bridges._version import __version__
 from dask_bridges.errors import (
@@ -20,6 +22,9 @@ from dask_bridges.errors import (
     PlacementError,
 )
 
+if TYPE_CHECKING:
+    from dask_bridges.overview import RunningGang, gangs
+
 __all__ = [
     "BridgeError",
     "DataError",
@@ -27,7 +32,18 @@ __all__ = [
     "MemberFailed",
     "MemberLost",
     "PlacementError",
+    "RunningGang",
     "__version__",
+    "gangs",
 ]
 
 _config.set_defaults()
+
+
+def __getattr__(name: str) -> Any:
+    """Load what needs Dask's client when it is asked for."""
+    if name not in ("RunningGang", "gangs"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from dask_bridges import overview
+
+    return getattr(overview, name)

@@ -59,6 +59,8 @@ class GangPlan:
     replaceable : collection of int
         Ranks without which the others go on: one that is lost with its worker starts again on another
         worker of its host.
+    finishes : bool
+        Whether members look at `Member.finishing`, and end early with a result.
     """
 
     label: str
@@ -72,6 +74,7 @@ class GangPlan:
     collateral: Callable[[BaseException], bool] = field(default=never_collateral)
     names: Sequence[str] = ()
     replaceable: Collection[int] = ()
+    finishes: bool = False
 
     @property
     def called(self) -> tuple[str, ...]:
@@ -183,6 +186,7 @@ class Gang:
             "topic": topic_of(self.id),
             "names": list(plan.called),
             "replaceable": list(plan.replaceable),
+            "finishes": plan.finishes,
             "deadlines": asdict(self.deadlines),
         }
         told = ""

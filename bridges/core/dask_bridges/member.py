@@ -85,6 +85,9 @@ class Member(ABC):
     gang, label, name : str
     host : str
         The host by which the other workers reach this one.
+    finishing : bool
+        Whether somebody has asked it to end after what it is at, with a result. Not all members hear of it at the
+        same time: those that go in step agree first.
     """
 
     def __init__(self, spec: MemberSpec) -> None:
@@ -97,6 +100,7 @@ class Member(ABC):
         self.incarnation = spec.incarnation
         self.world_size = len(spec.workers)
         self.host: str = host_of(spec.workers[spec.rank])
+        self.finishing = False
         self._step = 0
         self._stop_reason: str | None = None
         self._on_stop: list[Callable[[], Any]] = []

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from dask_xgboost.dmatrix import DMatrix
     from dask_xgboost.estimators import XGBClassifier, XGBRanker, XGBRegressor, XGBRFClassifier, XGBRFRegressor
+    from dask_xgboost.metrics import gathered
     from dask_xgboost.prediction import predict
     from dask_xgboost.training import train
 
@@ -21,6 +22,7 @@ __all__ = [
     "XGBRFRegressor",
     "XGBRanker",
     "XGBRegressor",
+    "gathered",
     "predict",
     "train",
 ]
@@ -32,6 +34,7 @@ _HOMES = {
     "XGBRFRegressor": "estimators",
     "XGBRanker": "estimators",
     "XGBRegressor": "estimators",
+    "gathered": "metrics",
     "predict": "prediction",
     "train": "training",
 }

@@ -15,8 +15,8 @@ from distributed import Client, Worker
 
 from dask_bridges import clients, config, partitions, placement
 from dask_bridges.errors import DataError, PlacementError
-from dask_xgboost import checks
-from dask_xgboost.blocks import FIELDS, BlockInfo, inspect
+from dask_xgboost import checks, grouping
+from dask_xgboost.blocks import FIELDS, BlockInfo, inspect, union_of_categories
 from dask_xgboost.resident import Residents
 
 __all__ = ["DMatrix", "MatrixOptions", "MatrixSpec", "place", "prepare", "replace"]
@@ -97,7 +97,7 @@ class DMatrix:
         The labels, or the column of `X` that holds them. The same as `label`.
     label, weight, base_margin, qid, label_lower_bound, label_upper_bound : optional
         As in `xgboost.DMatrix`: collections with as many rows as `X`, or names of
-        columns of `X`. A query group (`qid`) lies in one partition.
+        columns of `X`. Query groups (`qid`) that partitions cut are brought together.
     feature_weights : array_like, optional
         One weight a feature, for column sampling.
     feature_names, feature_types : sequence of str, optional
@@ -178,6 +178,7 @@ class DMatrix:
         for name, column in self.columns.items():
             checks.check_field(f"{name}={column!r}", X._meta[column])
         for name, value in others.items():
+            checks.check_width(name, value)
             if partitions.is_frame(value):
                 checks.check_field(name, value._meta)
         self._collections = {"X": X, **others}
@@ -250,19 +251,13 @@ class DMatrix:
         for index, info in enumerate(self.infos):
             if list(info.columns) != wanted:
                 raise DataError(f"partition {index} of {self.role} has columns {list(info.columns)}, not {wanted}")
-        checks.check_groups(self.role, self.infos)
 
     def categories(self) -> dict[str, Any]:
         """The categories of each categorical column, over all partitions.
 
         Partitions that agree keep their order; else the union is sorted, where it can be.
         """
-        union: dict[str, Any] = {}
-        for info in self.infos:
-            for name, found in info.categories.items():
-                known = union.get(name)
-                union[name] = found if known is None or known.equals(found) else known.union(found)
-        return union
+        return union_of_categories(self.infos)
 
     async def place_like(self, ranks: Sequence[str], *, everywhere: bool) -> None:
         """Bring the partitions to the workers of a training; `everywhere` sees that each has rows.
@@ -393,7 +388,8 @@ async def _loaded(
     for matrix in matrices:
         assert matrix._prepared is not None
         sets.append((matrix._prepared, functools.partial(inspect, columns=tuple(matrix.columns.items()))))
-    return await partitions.load_all(client, sets, workers=workers) if sets else []
+    loaded = await partitions.load_all(client, sets, workers=workers) if sets else []
+    return [await grouping.together(client, parts, matrix.columns, workers) for parts, matrix in zip(loaded, matrices)]
 
 
 def _label(y: Any, label: Any) -> Any:

@@ -38,7 +38,7 @@ def _block(member: WorkerMember, spec: MatrixSpec, key: Any) -> tuple[Any, dict[
     X = recode(X, spec.categories)
     ready = {name: as_array(values) for name, values in fields.items() if name != "qid"}
     if "qid" in fields:
-        qid = np.asarray(fields["qid"])
+        qid = np.asarray(fields["qid"]).reshape(-1)
         order = np.argsort(qid, kind="stable")
         if not (order[1:] > order[:-1]).all():
             X = X.iloc[order] if hasattr(X, "iloc") else X[order]

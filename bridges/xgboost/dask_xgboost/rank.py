@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import xgboost as xgb
+from xgboost import collective
 
 from dask_bridges.devices.members import Wanted
 from dask_bridges.task import WorkerMember
@@ -36,6 +39,7 @@ class Loop:
     tracker_host: str | None = None
     tracker_port: int | str | tuple[int, int] = 0
     segment: int = 10
+    config: dict[str, Any] = field(default_factory=dict)  # the client's `xgboost.get_config`
     cuts: str = "auto"
 
 
@@ -55,6 +59,8 @@ class TrainSpec:
         To go on from.
     devices : Wanted or None
         Its worker's GPU.
+    finishing : bool
+        Whether an earlier attempt was asked to stop.
     """
 
     loop: Loop
@@ -63,6 +69,7 @@ class TrainSpec:
     keeping: Keeping | None = None
     state: State | None = None
     devices: Wanted | None = None
+    finishing: bool = False
 
 
 @dataclass(frozen=True)
@@ -91,10 +98,12 @@ def train_rank(member: WorkerMember, spec: TrainSpec) -> TrainResult | None:
     communicator is thread-local.
     """
     loop = spec.loop
+    member.finishing |= spec.finishing
     with (
         own_gpu(member, spec.devices),
         left_behind(member),
         capture_log(member),
+        xgb.config_context(**loop.config),
         communicator(member, loop.tracker_host, loop.tracker_port),
         lent(member, [each.held for each in spec.matrices.each]) as held,
     ):
@@ -112,8 +121,9 @@ def _trained(
 
 
 def _threads(member: WorkerMember, params: dict[str, Any]) -> Any:
-    """The user's number of threads, by either of its names, or the worker's."""
-    return params.get("nthread", params.get("n_jobs", member.worker.state.nthreads))
+    """The user's number of threads, by either of its names; the worker's for none, or a number below one."""
+    wanted = params.get("nthread", params.get("n_jobs", 0))
+    return wanted if int(wanted) > 0 else member.worker.state.nthreads
 
 
 def _boost(
@@ -129,7 +139,7 @@ def _boost(
     if member.world_size > 1 and not matrix.get_uint_info("group_ptr").size:
         areas = [name for name in wanted if name in AREAS]
     custom = loop.custom_metric
-    if areas or (custom is not None and member.world_size > 1):
+    if areas or custom is not None:
         custom = _global_metrics(areas, loop)
     remembering = list(loop.callbacks)
     if loop.early_stopping_rounds:
@@ -140,8 +150,9 @@ def _boost(
         total=loop.num_boost_round,
         every=loop.segment,
         model=loop.xgb_model,
-        callbacks=[_Report(member, loop.num_boost_round, wanted, evals, custom), *remembering],
+        callbacks=[_Report(member, loop.num_boost_round, wanted, evals, custom), *remembering, _Finish(member)],
         remembering=remembering,
+        agreed=functools.partial(_agreed, member),
         obj=loop.obj,
         custom_metric=custom,
     )
@@ -153,6 +164,13 @@ def _boost(
         default = params.get("disable_default_eval_metric", 0)
         booster.set_param([("disable_default_eval_metric", default), *(("eval_metric", name) for name in areas)])
     return booster, history
+
+
+def _agreed(member: WorkerMember, wanted: bool) -> bool:
+    """Whether the ranks end here, since one wants to: it must not leave the others waiting for it."""
+    if member.world_size == 1:
+        return bool(wanted)
+    return bool(collective.allreduce(np.array([wanted], dtype="int8"), collective.Op.MAX)[0])
 
 
 def _global_metrics(areas: list[str], loop: Loop) -> GlobalMetrics:
@@ -209,6 +227,17 @@ class _Report(xgb.callback.TrainingCallback):  # type: ignore[misc]
                 self.member.metrics(epoch, newest)
             self.member.progress(epoch + 1, self.total)
         return False
+
+
+class _Finish(xgb.callback.TrainingCallback):  # type: ignore[misc]
+    """Ends the training after a round, last of all callbacks, where somebody has asked for it."""
+
+    def __init__(self, member: WorkerMember) -> None:
+        self.member = member
+
+    def after_iteration(self, model: Any, epoch: int, evals_log: Any) -> bool:
+        """Ask the other ranks to end, too."""
+        return self.member.finishing
 
 
 def _in_order(wanted: Sequence[str], found: Sequence[str], areas: Sequence[str]) -> list[str]:

@@ -141,7 +141,7 @@ class Residents:
 
     async def taken(self) -> None:
         """Wait until the workers have taken what they are to keep."""
-        pending = [future.exception() for _, future in self._kept.values() if future.status == "pending"]
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(TAKEN_WITHIN):
-                await asyncio.gather(*pending, return_exceptions=True)
+        if pending := [future for _, future in self._kept.values() if future.status == "pending"]:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(TAKEN_WITHIN):
+                    await asyncio.gather(*(future.exception() for future in pending), return_exceptions=True)

@@ -20,13 +20,14 @@ from distributed import Client
 from dask_bridges import config, placement
 from dask_bridges.devices.members import Wanted
 from dask_bridges.errors import BridgeError, MemberLost, WorkerLeft
-from dask_bridges.events import Event, Progress
+from dask_bridges.events import Event, FinishAsked, Progress
 from dask_bridges.gang import Gang, GangPlan
 from dask_bridges.placement import WorkerInfo
 from dask_xgboost import checks, dmatrix, resuming
 from dask_xgboost.communicator import is_collective_error
 from dask_xgboost.devices import wants_gpus, with_own_gpus
 from dask_xgboost.dmatrix import PACKAGES, DMatrix
+from dask_xgboost.places import Places
 from dask_xgboost.rank import Loop, TrainResult, TrainSpec, train_rank
 from dask_xgboost.ready import Agreed, MatricesSpec
 from dask_xgboost.resuming import Keeping, State
@@ -59,9 +60,9 @@ class Supervised:
     loop : Loop
     matrix : DMatrix
     evals : list of (DMatrix, str)
-    workers : sequence of str or None
-    options : dict
-        For `GangPlan`.
+    places : Places
+    exclusive : bool
+        See `GangPlan`.
     keeping : Keeping or None
         None where nothing is kept.
     max_restarts : int
@@ -73,8 +74,8 @@ class Supervised:
     loop: Loop
     matrix: DMatrix
     evals: list[tuple[DMatrix, str]]
-    workers: Sequence[str] | None
-    options: dict[str, Any]
+    places: Places
+    exclusive: bool
     keeping: Keeping | None
     max_restarts: int
     listeners: Sequence[Any] = ()
@@ -82,6 +83,7 @@ class Supervised:
     _ranks: list[str] = field(default_factory=list)  # their addresses
     _placement: resuming.Placement = ()
     _gang: Gang | None = None
+    _finishing: bool = False  # whether somebody has asked it to stop
     _devices: Mapping[str, Wanted] = field(default_factory=dict)  # by the workers' addresses, where GPUs train
 
     def __post_init__(self) -> None:
@@ -132,6 +134,7 @@ class Supervised:
                 if not self.max_restarts or self._is_taken_away():
                     raise
                 state = await self._kept() or state
+                self._finishing |= reached.finishing
                 come = max(reached.rounds, state.round if state is not None else 0)
                 if isinstance(lost, MemberLost):  # and not while the data were placed, which tells of no bug
                     barren = 0 if come > furthest else barren + 1
@@ -172,7 +175,9 @@ class Supervised:
             payloads=self._specs(state),
             workers=self._ranks,
             collateral=is_collective_error,
-            **self.options,
+            timeout=self.places.timeout,
+            exclusive=self.exclusive,
+            finishes=True,
         )
         self._gang = gang = Gang(self.client, plan, number)
         for listener in (reached, *self.listeners):
@@ -201,7 +206,7 @@ class Supervised:
         if not self._names:
             await self._place_first()
             return
-        named = self.workers is not None
+        named = self.places.chosen
         back = await self._with_gpus(await placement.workers_back(self.client, self._names, others=not named))
         places = [worker.address for worker in back]
         matrices = self.matrices
@@ -216,25 +221,32 @@ class Supervised:
     async def _place_first(self) -> None:
         matrices = self.matrices
         usable = await self._usable()
-        if await self._all_resident([worker.address for worker in usable]):
-            self._settle(usable)
+        before = [worker for worker in usable if worker.address in self.matrix.among]
+        again = before if len(before) == self.places.n_workers else usable
+        if await self._all_resident([worker.address for worker in again]):
+            self._settle(again)
+            self._check()
             return
+        addresses = [worker.address for worker in usable]
         placed = [matrix for matrix in matrices if matrix._loaded is not None]
-        await dmatrix.replace(self.client, placed, self.workers and [worker.address for worker in usable])
-        await dmatrix.place(self.client, matrices, [w.address for w in usable] if self._gpus else self.workers)
-        for matrix in matrices:
-            if self.loop.obj is None:
-                checks.check_labels(matrix.role, self.loop.params, matrix.infos)
-        usable = await self._usable()
+        await dmatrix.replace(self.client, placed, addresses if self.places.chosen else None)
+        await dmatrix.place(self.client, matrices, addresses if self._gpus or self.places.chosen else None)
+        usable = await self.places.fullest(self.client, await self._usable(), self.matrix.parts)
         await self._spread([worker.address for worker in usable])
         self._settle(usable)
+        self._check()
         self._warn([worker for worker in usable if worker.address in self._ranks])
+
+    def _check(self) -> None:
+        """Refuse what the objective does not take, and what several ranks cannot do."""
+        for matrix in self.matrices:
+            if self.loop.obj is None:
+                checks.check_labels(matrix.role, self.loop.params, matrix.infos)
+        checks.check_ranks(self.loop.params, len(self._ranks))
 
     async def _usable(self) -> list[WorkerInfo]:
         """The workers that can train now."""
-        timeout = config.seconds("timeout", self.options["timeout"])
-        workers = await placement.usable_workers(self.client, self.workers, timeout)
-        return await self._with_gpus(workers)
+        return await self._with_gpus(await self.places.usable(self.client))
 
     async def _with_gpus(self, workers: list[WorkerInfo]) -> list[WorkerInfo]:
         """Those that own a GPU, where GPUs train."""
@@ -243,7 +255,7 @@ class Supervised:
         addresses = [worker.address for worker in workers]
         await placement.check_packages(self.client, addresses, PACKAGES, remedy=' ("dask-bridges[xgboost]")')
         workers, self._devices = await with_own_gpus(
-            self.client, workers, named=self.workers is not None, timeout=self.options["timeout"]
+            self.client, workers, named=self.places.workers is not None, timeout=self.places.timeout
         )
         return workers
 
@@ -355,7 +367,15 @@ class Supervised:
         numbers = {id(matrix): number for number, matrix in enumerate(self.matrices)}
         evals = tuple((numbers[id(matrix)], name) for matrix, name in self.evals)
         return [
-            TrainSpec(self.loop, matrices, evals, keeping=keeping, state=state, devices=self._devices.get(worker))
+            TrainSpec(
+                self.loop,
+                matrices,
+                evals,
+                keeping=keeping,
+                state=state,
+                devices=self._devices.get(worker),
+                finishing=self._finishing,
+            )
             for worker, matrices in zip(self._ranks, self._matrices_specs(state))
         ]
 
@@ -428,12 +448,15 @@ class Supervised:
 
 
 class _Reached:
-    """Listens for how many rounds are over."""
+    """Listens for how many rounds are over, and whether the training is to stop."""
 
     def __init__(self) -> None:
         self.rounds = 0
+        self.finishing = False
 
     def __call__(self, event: Event) -> None:
         """Hear of one."""
         if isinstance(event, Progress):
             self.rounds = max(self.rounds, event.done)
+        elif isinstance(event, FinishAsked):
+            self.finishing = True

@@ -14,10 +14,12 @@ from distributed import Client
 from dask_bridges import clients, config, placement
 from dask_bridges.checkpoints import Checkpoints
 from dask_bridges.errors import DataError
+from dask_bridges.events import Listener
 from dask_bridges.ports import port_range
 from dask_bridges.ui.progress import ProgressBar, wants_bar
 from dask_xgboost import checks, known, resuming
 from dask_xgboost.dmatrix import DMatrix, MatrixOptions, _label
+from dask_xgboost.places import Places
 from dask_xgboost.rank import Loop
 from dask_xgboost.report import RoundPrinter
 from dask_xgboost.resuming import Keeping
@@ -56,7 +58,10 @@ def train(
     max_bin: int | None = None,
     cuts: str = "auto",
     workers: Sequence[str] | None = None,
+    n_workers: int | None = None,
+    resources: Mapping[str, float] | None = None,
     progress: bool | None = None,
+    listen: Listener | None = None,
     checkpoint: str | Path | Checkpoints | None = None,
     checkpoint_every: int = 10,
     max_restarts: int = 3,
@@ -96,10 +101,14 @@ def train(
         Weights that are a column of `X` are taken where `what` has that column.
     evals_result : dict, optional
         Filled with ``{name: {metric: [value, ...]}}``. Values are those of all rows:
-        ``auc`` and ``aucpr`` from the scores of all workers, a custom metric's
-        averaged by weight (or rows).
-    obj, custom_metric, maximize, early_stopping_rounds : optional
-        As in `xgboost.train`. Functions run on every worker, on its rows.
+        ``auc`` and ``aucpr`` from the scores of all workers.
+    obj, maximize, early_stopping_rounds : optional
+        As in `xgboost.train`. `obj` runs on every worker, on its rows.
+    custom_metric : callable, optional
+        ``custom_metric(predictions, matrix)`` as in `xgboost.train`; it runs on every worker, on its rows, and gives
+        ``(name, value)``, of which the average by weight (or rows) is taken; or ``(name, (numerator, denominator))``,
+        which are summed over the workers and then divided; or a list of such. With `gathered` it runs once, on the
+        predictions of all rows.
     callbacks : sequence of xgboost.callback.TrainingCallback, optional
         Run on every worker; rank 0's state is copied back into the given objects. Where a training goes on after a
         loss, `before_training` is called again, and then they have back what can be pickled of their state (from
@@ -118,8 +127,16 @@ def train(
         worker's rows says, which takes longer. "auto" is "quantiles" from 100,000 rows on, and "sketch" on GPUs.
     workers : sequence of str, optional
         Addresses or names of the workers to use.
+    n_workers : int, optional
+        Use so many of them at most, those that hold most of the rows, and wait until there are so many.
+    resources : mapping, optional
+        Use workers that declare so much of each resource, such as ``{"memory": 64e9}``: those that were started with
+        ``dask worker --resources``. Nothing of it is taken away from Dask's own tasks.
     progress : bool, optional
         Show a progress bar; by default where a person looks on (terminal, notebook).
+    listen : callable, optional
+        Called here with everything the workers tell, as it comes (`dask_bridges.events`): the metrics of each round,
+        progress, log lines. It runs on the client's event loop and must not block.
     checkpoint : str, Path or Checkpoints, optional
         A folder that all hosts share, or any other fsspec URL that they reach: rank 0 keeps the state there, and
         what is there is gone on from, by this call where workers are lost and by a later one. By default every
@@ -178,6 +195,7 @@ def train(
     settings = dict(params)
     if isinstance(params, Sequence) and len(settings) < len(params):
         settings["eval_metric"] = [value for name, value in params if name == "eval_metric"]
+    settings = {name: value for name, value in settings.items() if value is not None}  # as XGBoost reads them
     if max_bin is not None:
         settings["max_bin"] = max_bin
     checks.check_params(settings)
@@ -198,6 +216,7 @@ def train(
         tracker_host=config.get("xgboost.tracker-host", tracker_host),
         tracker_port=config.get("xgboost.tracker-port", tracker_port),
         segment=max(1, num_boost_round) if _unkept(settings) else checkpoint_every,
+        config=xgb.get_config(),
         cuts=cuts,
     )
     if cuts not in ("auto", "quantiles", "sketch"):
@@ -206,6 +225,8 @@ def train(
     if early_stopping_rounds and not evals:
         raise DataError("early_stopping_rounds needs rows to look at: pass evals=[(what, name)]")
     listeners: list[Any] = [RoundPrinter(verbose_eval)] if verbose_eval else []
+    if listen is not None:
+        listeners.append(listen)
     if wants_bar(progress):
         listeners.append(ProgressBar("XGBoost"))
     training = Supervised(
@@ -213,8 +234,8 @@ def train(
         loop=loop,
         matrix=matrix,
         evals=_evals(client, evals or (), X, matrix, given),
-        workers=workers,
-        options={"exclusive": exclusive, "timeout": timeout},
+        places=Places(workers, n_workers, resources, timeout),
+        exclusive=exclusive,
         keeping=_keeping(settings, checkpoint, checkpoint_every, max_restarts),
         max_restarts=max_restarts,
         listeners=listeners,
