@@ -7,4 +7,3 @@ html_theme = "alabaster"
 autodoc_typehints = "none"
 exclude_patterns = ["_build"]
 myst_heading_anchors = 3
-suppress_warnings = ["myst.xref_missing"]

@@ -98,12 +98,6 @@ def test_without_a_scheduler_it_looks_at_this_machine_and_imports_no_framework()
     assert "loaded []" in run.stdout
 
 
-def test_a_scheduler_that_is_not_there_is_told() -> None:
-    result = CliRunner().invoke(cli.bridges, ["doctor", "--scheduler", "no scheduler"])
-    assert result.exit_code == 1
-    assert "no scheduler answers at no scheduler" in result.output
-
-
 # What is installed
 
 

@@ -128,7 +128,7 @@ def demo(
             try:
                 scores |= part.load()(client, replace(options, scores=dict(scores))) or {}
             except BridgeError as error:
-                raise click.ClickException(str(error)) from error
+                raise click.ClickException("\n".join([str(error), *error.__notes__])) from error
 
 
 @bridges.command(

@@ -34,7 +34,7 @@ def _versions(diagnosis: Diagnosis) -> str:
             kept = alike.setdefault(repr({**look, "packages": _of(look, diagnosis.packages)}), ([], look))
             kept[0].append(names[who])
     for those, look in alike.values():
-        columns[_workers(those)] = look
+        columns[_workers(those, all_alike=len(alike) == 1)] = look
     rows = [["", *columns], ["python", *(look["release"] for look in columns.values())]]
     for package in diagnosis.packages:
         row = [_of(look, [package])[0] for look in columns.values()]
@@ -53,10 +53,10 @@ def _of(look: dict[str, Any], packages: Sequence[str]) -> list[str]:
     return [one["version"] or "there" if "version" in one else NOTHING for one in found]
 
 
-def _workers(names: Sequence[str]) -> str:
-    if len(names) > 3:
+def _workers(names: Sequence[str], all_alike: bool) -> str:
+    if len(names) > 1 and (all_alike or len(names) > 3):
         return f"{len(names)} workers"
-    return f"worker{'s' if len(names) > 1 else ''} {', '.join(names)}"
+    return f"worker{'s' if len(names) > 1 else ''} {', '.join(name.partition('://')[2] or name for name in names)}"
 
 
 def _machines(diagnosis: Diagnosis) -> str:
@@ -74,7 +74,8 @@ def _machines(diagnosis: Diagnosis) -> str:
 def _worker(worker: WorkerInfo, seen: Surroundings | None) -> list[str]:
     limit = format_bytes(worker.memory_limit) if worker.memory_limit else "none"
     around = [_devices(seen), _memory(seen)] if seen else ["?", "?"]
-    return [worker.address, worker.name, worker.status, str(worker.nthreads), limit, *around]
+    name = NOTHING if worker.name == worker.address else worker.name
+    return [worker.address, name, worker.status, str(worker.nthreads), limit, *around]
 
 
 def _devices(seen: Surroundings) -> str:
