@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import pkgutil
 import re
+import subprocess
+import sys
 import tomllib
 from collections.abc import Iterator
 from functools import cache
@@ -13,6 +16,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import yaml
 
 import dask_bridges
 import dask_keras
@@ -174,3 +178,61 @@ def public() -> dict[str, Any]:
 def test_every_public_name_is_in_the_reference() -> None:
     there = {id(thing) for thing in documented()}
     assert [name for name, thing in public().items() if id(thing) not in there] == []
+
+
+# What pages say
+
+
+def blocks(page: Path, language: str = "python") -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=relative)
+def test_examples_are_python(page: Path) -> None:
+    for block in blocks(page):
+        compile(block, str(page), "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
+
+
+SCRIPTS = [
+    (page, block) for page in PAGES for block in blocks(page) if "__main__" in block and "start" not in page.stem
+]
+
+
+@pytest.mark.slow
+@pytest.mark.cluster
+@pytest.mark.parametrize("number", range(len(SCRIPTS)))
+def test_whole_programs_run(number: int, tmp_path: Path) -> None:
+    script = tmp_path / "example.py"
+    script.write_text(SCRIPTS[number][1])
+    ran = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=170)
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout
+
+
+@pytest.mark.parametrize("page", PAGES, ids=relative)
+def test_names_and_settings_that_are_mentioned_are_there(page: Path) -> None:
+    text = page.read_text()
+    packages = "|".join(package.__name__ for package in PACKAGES)
+    missing = []
+    for name in re.findall(rf"`((?:{packages})(?:\.\w+)+)", text):
+        try:
+            pkgutil.resolve_name(name)
+        except (ImportError, AttributeError):
+            missing.append(name)
+    settings = re.findall(r"`dask-bridges\.([a-z.-]+[a-z])", text)
+    missing += [name for name in settings if name not in defaults()]
+    assert missing == []
+
+
+def defaults() -> dict[str, Any]:
+    """Our settings, by name."""
+    values = yaml.safe_load((Path(dask_bridges.__file__).with_name("dask-bridges.yaml")).read_text())["dask-bridges"]
+    groups = {name: value for name, value in values.items() if isinstance(value, dict)}
+    plain = {name: value for name, value in values.items() if name not in groups}
+    return plain | {f"{group}.{name}": value for group, inner in groups.items() for name, value in inner.items()}
+
+
+def test_the_configuration_is_that_of_the_code() -> None:
+    rows = re.findall(r"^\| `([a-z.-]+)` \| (.+?) \|", (ROOT / "docs/configuration.md").read_text(), re.MULTILINE)
+    said = {name: yaml.safe_load(value.strip("`")) for name, value in rows}
+    assert said == defaults()
