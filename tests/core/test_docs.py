@@ -6,8 +6,6 @@ import ast
 import importlib
 import pkgutil
 import re
-import subprocess
-import sys
 import tomllib
 from collections.abc import Iterator
 from functools import cache
@@ -191,22 +189,6 @@ def blocks(page: Path, language: str = "python") -> list[str]:
 def test_examples_are_python(page: Path) -> None:
     for block in blocks(page):
         compile(block, str(page), "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
-
-
-SCRIPTS = [
-    (page, block) for page in PAGES for block in blocks(page) if "__main__" in block and "start" not in page.stem
-]
-
-
-@pytest.mark.slow
-@pytest.mark.cluster
-@pytest.mark.parametrize("number", range(len(SCRIPTS)))
-def test_whole_programs_run(number: int, tmp_path: Path) -> None:
-    script = tmp_path / "example.py"
-    script.write_text(SCRIPTS[number][1])
-    ran = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=170)
-    assert ran.returncode == 0, ran.stderr
-    assert ran.stdout
 
 
 @pytest.mark.parametrize("page", PAGES, ids=relative)
