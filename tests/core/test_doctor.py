@@ -155,19 +155,28 @@ def test_keras_backends_that_differ_are_told(bridges_client: Client, worker: str
     assert found.what.startswith("KERAS_BACKEND is another there and ")
 
 
-def test_a_python_of_another_minor_version_is_told() -> None:
-    looks = {
-        who: {"release": release, "python": "python", "packages": {}, "variables": {}}
-        for who, release in {
-            "client": "3.12.1",
-            "scheduler": "3.12.4",
-            "tcp://a": "3.11.9",
-            "tcp://b": "3.11.9",
-        }.items()
-    }
-    (found,) = checks.versions(looks, (), (), ())
-    assert found.where == "2 workers (tcp://a, tcp://b)"
-    assert found.what.startswith("Python is 3.11.9 there and 3.12.1 on the client")
+@pytest.mark.cluster
+def test_a_python_of_another_minor_version_is_told_and_nothing_is_sent_there(
+    bridges_client: Client, worker: str
+) -> None:
+    def pretend(release: str | None) -> None:
+        from distributed import versions
+
+        real = getattr(versions, "real_system_info", versions.get_system_info)
+        vars(versions)["real_system_info"] = real
+        vars(versions)["get_system_info"] = lambda: {**real(), "python": release} if release else real()
+
+    bridges_client.run(pretend, "3.9.1.final.0", workers=[worker])
+    try:
+        diagnosis = bridges_client.sync(doctor.cluster, bridges_client)
+        found = only(bridges_client)
+    finally:
+        bridges_client.run(pretend, None, workers=[worker])
+    assert found.where == f"worker {worker}"
+    assert found.what.startswith(f"Python is 3.9.1 there and {sys.version.split()[0]} on the client")
+    assert found.remedy == "Use the same minor version in all places"
+    assert worker not in diagnosis.around
+    assert "3.9.1" in doctor.render(diagnosis)
 
 
 # Workers, ports, memory

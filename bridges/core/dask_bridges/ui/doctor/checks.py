@@ -20,7 +20,9 @@ __all__ = [
     "drivers",
     "frameworks",
     "has_this_package",
+    "of_other_pythons",
     "ports",
+    "pythons",
     "reach",
     "scheduler_is_silent",
     "scheduler_refuses",
@@ -142,11 +144,11 @@ def has_this_package(looks: Looks, worker: str) -> bool:
 def versions(
     looks: Looks, needed: Sequence[str], compared: Sequence[str], checkups: Sequence[Checkup]
 ) -> list[Problem]:
-    """That workers have what the client has, and all processes a Python by which they understand each other."""
+    """That workers have what the client has, and the scheduler what it unpickles with."""
     extras = {name: checkup.extra for checkup in checkups for name in checkup.packages}
     theirs = [name for checkup in checkups for name in checkup.versions]
     workers = {who: look for who, look in looks.items() if who not in ("client", "scheduler")}
-    problems = _pythons(looks)
+    problems = []
     for package in dict.fromkeys((*needed, *extras, *compared, *theirs)):
         required = package in needed or package in extras
         extra = f': pip install "dask-bridges[{extras[package]}]"' if extras.get(package) else ""
@@ -157,20 +159,35 @@ def versions(
     return problems + _variables(looks["client"], workers, [name for checkup in checkups for name in checkup.variables])
 
 
-def _pythons(looks: Looks) -> list[Problem]:
-    here = looks["client"]["release"]
-    problems = []
-    for release, those in _grouped({who: look["release"] for who, look in looks.items()}).items():
-        if release.rpartition(".")[0] != here.rpartition(".")[0]:
-            problems.append(
-                Problem(
-                    _these(those),
-                    f"Python is {release} there and {here} on the client, and what is pickled by one cannot be used in "
-                    "the other",
-                    "Use the same minor version in all places",
-                )
-            )
-    return problems
+def of_other_pythons(here: Mapping[str, Any], told: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The processes whose Python has another minor version, in Dask's own words: no function can be sent to them.
+
+    Parameters
+    ----------
+    here : mapping
+        What is installed on the client.
+    told : mapping
+        What ``Client.get_versions`` gives.
+    """
+    found = {}
+    for who, versions in {"scheduler": told["scheduler"], **told["workers"]}.items():
+        release = ".".join(versions["host"]["python"].split(".")[:3])
+        if release.split(".")[:2] != here["release"].split(".")[:2]:
+            packages = {name: {"version": version} for name, version in versions["packages"].items() if version}
+            found[who] = {"release": release, "packages": packages, "variables": {}}
+    return found
+
+
+def pythons(here: Mapping[str, Any], foreign: Looks) -> list[Problem]:
+    """That what one process pickles can be used in the others."""
+    return [
+        Problem(
+            _these(those),
+            f"Python is {release} there and {here['release']} on the client, and one cannot use what the other pickles",
+            "Use the same minor version in all places",
+        )
+        for release, those in _grouped({who: look["release"] for who, look in foreign.items()}).items()
+    ]
 
 
 def _differing(client: Mapping[str, Any], others: Looks, package: str, required: bool, remedy: str) -> list[Problem]:

@@ -112,31 +112,48 @@ async def cluster(client: Client) -> Diagnosis:
     asked = _Questions.ask()
     problems = list(asked.problems)
     workers = await all_workers(client)
-    looks: dict[str, dict[str, Any]] = {"client": installed.look(asked.packages, asked.variables)}
-    problems += checks.frameworks(looks["client"], asked.checkups) + checks.states(client.scheduler.address, workers)
+    here = installed.look(asked.packages, asked.variables)
+    problems += checks.frameworks(here, asked.checkups) + checks.states(client.scheduler.address, workers)
     problems += checks.traffic(client)
-    questions = (asked.packages, asked.variables)
-    try:
-        looks["scheduler"] = await client.run_on_scheduler(installed.look_at_scheduler, *questions)
-    except Exception as error:  # whatever was raised there
-        problems.append(checks.scheduler_is_silent(error))
-    else:
-        problems += checks.scheduler_refuses(looks["scheduler"]["refuses"])
-    looks |= await _each(client, [worker.address for worker in workers], problems, installed.look_aside, *questions)
+    foreign = checks.of_other_pythons(here, await client.get_versions())
+    problems += checks.pythons(here, foreign)
+    looks = {"client": here}
+    if "scheduler" not in foreign:
+        looks |= await _scheduler(client, asked, problems)
+    addresses = [worker.address for worker in workers if worker.address not in foreign]
+    looks |= await _each(client, addresses, problems, installed.look_aside, asked.packages, asked.variables)
     problems += checks.versions(looks, NEEDED, COMPARED, asked.checkups)
     able = [worker for worker in workers if checks.has_this_package(looks, worker.address)]
-    addresses = [worker.address for worker in able]
-    around = await _each(client, addresses, problems, surroundings.look_around, asked.ports)
+    around = await _around(client, asked, able, problems)
+    calls = await _call_each_other(client, [worker.address for worker in able], problems)
+    title = f"Cluster at {client.scheduler.address}"
+    return Diagnosis(title, asked.packages, looks | foreign, workers, around, asked.ports, calls, problems)
+
+
+async def _scheduler(client: Client, asked: _Questions, problems: list[Problem]) -> dict[str, dict[str, Any]]:
+    """What is installed on the scheduler, where it says so."""
+    try:
+        look = await client.run_on_scheduler(installed.look_at_scheduler, asked.packages, asked.variables)
+    except Exception as error:  # whatever was raised there
+        problems.append(checks.scheduler_is_silent(error))
+        return {}
+    problems += checks.scheduler_refuses(look["refuses"])
+    return {"scheduler": look}
+
+
+async def _around(
+    client: Client, asked: _Questions, workers: Sequence[WorkerInfo], problems: list[Problem]
+) -> dict[str, Surroundings]:
+    """What workers find around them, by address."""
+    around = await _each(client, [w.address for w in workers], problems, surroundings.look_around, asked.ports)
     hosts: dict[str, list[str]] = {}
-    for worker in able:
+    for worker in workers:
         hosts.setdefault(worker.host, []).append(worker.address)
-    problems += checks.spool_memory(around, {worker.address: worker.memory_limit for worker in able})
+    problems += checks.spool_memory(around, {worker.address: worker.memory_limit for worker in workers})
     problems += checks.drivers(around)
     seen_on = {host: around[there[0]] for host, there in hosts.items() if there[0] in around}
     problems += checks.ports(seen_on, asked.ports, hosts, COLLECTIVE)
-    calls = await _call_each_other(client, addresses, problems)
-    title = f"Cluster at {client.scheduler.address}"
-    return Diagnosis(title, asked.packages, looks, workers, around, asked.ports, calls, problems)
+    return around
 
 
 async def _each(

@@ -18,7 +18,7 @@ from dask_bridges.processes.spool import memory_here
 __all__ = ["Surroundings", "answer", "knock", "look", "look_around", "stop_answering"]
 
 #: Seconds in which another worker has to answer.
-PATIENCE = 5.0
+PATIENCE = 10.0
 #: Seconds after which a door that was forgotten is closed.
 FORGOTTEN = 120.0
 #: There, where NVIDIA's driver is loaded.
