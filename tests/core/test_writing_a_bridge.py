@@ -29,30 +29,30 @@ def run_blocks(*containing: str) -> dict[str, Any]:
     return names
 
 
-PAGES = run_blocks("moments.py", "class TestMoments")
-TestMoments = pytest.mark.slow(PAGES["TestMoments"])  # XGBoost's members keep the same contract
+PAGES = run_blocks("correlations.py", "class TestCorrelations")
+TestCorrelations = pytest.mark.slow(PAGES["TestCorrelations"])  # XGBoost's members keep the same contract
 
 
 @pytest.mark.cluster
 def test_the_bridge_gives_what_numpy_gives(bridges_client: Client) -> None:
     X, y = make_data()
-    PAGES["TestMoments"]().check(PAGES["moments"](bridges_client, X, rounds=2), X, y)
+    PAGES["TestCorrelations"]().check(PAGES["correlations"](bridges_client, X, y, rounds=2), X, y)
 
 
 @pytest.mark.cluster
 def test_its_member_that_raises_is_told_with_the_cause(bridges_client: Client) -> None:
     with pytest.raises(MemberFailed, match="deliberate") as caught:
-        PAGES["moments"](bridges_client, make_data()[0], fault=Fault(1, 0, trouble))
+        PAGES["correlations"](bridges_client, *make_data(), fault=Fault(1, 0, trouble))
     assert caught.value.rank == 1
     assert leftovers(bridges_client) == {}
 
 
 @pytest.mark.cluster
 def test_the_work_in_child_processes_sums(bridges_client: Client) -> None:
-    names = run_blocks("moments.py", "run_in_child(member, work, parts)")
+    names = run_blocks("correlations.py", "run_in_child(member, work, parts)")
     names["Work"] = lambda keys, rounds, fault: keys
     X = da.arange(100, chunks=7).reshape(-1, 1)
-    assert names["moments"](bridges_client, X) == 4950
+    assert names["correlations"](bridges_client, X, X[:, 0]) == 4950
 
 
 def test_large_arrays_are_summed_in_a_ring(gang: Callable[..., Any]) -> None:
