@@ -4,10 +4,11 @@ import doctest
 import importlib
 import pkgutil
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
-import dask.array as da
 import numpy as np
 import pandas as pd
 import pytest
@@ -83,8 +84,12 @@ def test_the_metrics_in_the_docs_are_of_all_rows(client: Client) -> None:
     assert len(names["curve"]) == 10
 
 
-def test_the_bridge_in_the_docs_sums(client: Client) -> None:
-    names: dict[str, Any] = {"__name__": "__main__"}
-    exec(_block("docs/gangs.md", "def member(member, keys)"), names)
-    X = da.arange(100, chunks=7).reshape(-1, 1)
-    assert names["total"](client, X) == 4950
+@pytest.mark.cluster
+def test_the_first_training_of_the_docs_runs_as_a_script(tmp_path: Path) -> None:
+    script = tmp_path / "first.py"
+    script.write_text(_block("docs/start.md", "dask_xgboost.train"))
+    ran = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=120)
+    assert ran.returncode == 0, ran.stderr
+    said = re.search(r"log-loss (0\.\d+), (\d+\.\d)% wrong", ran.stdout)
+    assert said, ran.stdout
+    assert float(said[2]) < 5
