@@ -262,6 +262,7 @@ class DiesOnce(xgb.callback.TrainingCallback):
         return False
 
 
+@pytest.mark.slow
 def test_what_a_lost_worker_had_is_binned_again_there_alone(doomed: Client, tmp_path: Path) -> None:
     X, y = arrays()
     matrix = dask_xgboost.DMatrix(doomed, X, y)
@@ -279,6 +280,7 @@ def test_what_a_lost_worker_had_is_binned_again_there_alone(doomed: Client, tmp_
     assert all(now.values())
 
 
+@pytest.mark.slow
 def test_after_a_restart_of_all_workers_all_is_binned_again(doomed: Client, tmp_path: Path) -> None:
     data = Counted(tmp_path)
     first = train(doomed, data.X, data.y)
