@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -159,7 +159,10 @@ class _Host:
                         forked=self._spares.take(spec.environment),
                     ) as child,
                 ):
-                    result: bytes = child.run(in_child.run_here, work)
+                    child.on_end(lease.close)  # the next job does not wait for what is still to do for this one
+                    child.begin(in_child.run_here, work)
+                    self._spares.fill(spec.environment)
+                    result: bytes = child.finish()
                 return opened(result)
             except BaseException:
                 # Of a cancelled task Dask does not look at the end, unless somebody wants it again.
@@ -271,36 +274,37 @@ class _Spares:
         self.count = count
         self._lock = threading.Lock()
         self._waiting: list[Forked] = []
-        self._environments: dict[Environment, None] = {environment: None}
+        self._environments: dict[Environment, None] = {}
         self._closed = False
-        self._fill(environment)
+        self.fill(environment)
 
     def take(self, environment: Environment) -> Forked:
-        """A process for a job; the one after it is forked while it works."""
+        """A process for a job."""
         server = fork_server(self._worker, environment)
         with self._lock:
-            self._environments.pop(environment, None)
-            self._environments[environment] = None  # the newest is last
-            oldest = list(self._environments)[:-SERVERS]
-            for name in oldest:
-                del self._environments[name]
             fit = [spare for spare in self._waiting if spare.server is server and spare.alive]
             unfit = [spare for spare in self._waiting if spare not in fit]
             forked = fit.pop(0) if fit else None
             self._waiting = fit
         for spare in unfit:
             spare.discard()
-        threading.Thread(target=self._look_after, args=(environment, oldest), name="jobs-spares", daemon=True).start()
-        return forked or Forked(self._worker, environment)
+        return forked or Forked(self._worker, environment, server)
 
-    def _look_after(self, environment: Environment, oldest: Sequence[Environment]) -> None:
-        self._fill(environment)
-        end_servers(self._worker, oldest)
-
-    def _fill(self, environment: Environment) -> None:
+    def fill(self, environment: Environment) -> None:
+        """Fork those that are missing, while the job works that has taken one."""
         with self._lock:
-            while not self._closed and len(self._waiting) < self.count:
-                self._waiting.append(Forked(self._worker, environment))
+            self._environments.pop(environment, None)
+            self._environments[environment] = None  # the newest is last
+            oldest = list(self._environments)[:-SERVERS]
+            for name in oldest:
+                del self._environments[name]
+            if not self._closed and len(self._waiting) < self.count:
+                server = fork_server(self._worker, environment)
+                missing = self.count - len(self._waiting)
+                self._waiting += [Forked(self._worker, environment, server) for _ in range(missing)]
+        if oldest:
+            arguments = self._worker, oldest
+            threading.Thread(target=end_servers, args=arguments, name="jobs-servers", daemon=True).start()
 
     def close(self) -> None:
         """End them, and the fork servers; they are gone when this returns."""

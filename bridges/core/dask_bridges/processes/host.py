@@ -145,12 +145,21 @@ class Child:
 
     def run(self, function: Callable[[Any, Any], Any], payload: Any) -> Any:
         """Have the child run ``function(member, payload)``, serve it until it has ended, and give the result."""
+        self.begin(function, payload)
+        return self.finish()
+
+    def begin(self, function: Callable[[Any, Any], Any], payload: Any) -> None:
+        """The first half of `run`: give the child its work."""
         work = dumps(replace(self.member.spec, function=function, payload=payload))
-        last: tuple[Any, ...] = ()
         with contextlib.suppress(EOFError, OSError):  # it has ended, however
             self._forked.begin(work, self._descriptors, self._variables)
             self._working.set()
             self.member.on_stop(self._stop)  # not before: the child reads its work first
+
+    def finish(self) -> Any:
+        """The second half of `run`."""
+        last: tuple[Any, ...] = ()
+        with contextlib.suppress(EOFError, OSError):
             while not last:
                 last = self._serve(self._pipe.recv())
             self._finish_by(time.monotonic() + self._limits.child_stop_timeout)
@@ -158,6 +167,10 @@ class Child:
         self._forked.output.end()
         self._end_calls()
         return self._outcome(last)
+
+    def on_end(self, callback: Callable[[], Any]) -> None:
+        """Call `callback` as soon as the process is gone; it must not block."""
+        self._process.ended.add_done_callback(lambda _: callback())
 
     def call(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Have the running child call `function` on a thread of its own; from any thread."""
