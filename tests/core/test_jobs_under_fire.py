@@ -19,6 +19,7 @@ import dask.config
 import numpy as np
 import pytest
 from distributed import Client, Future, LocalCluster, Worker, wait
+from distributed.scheduler import KilledWorker
 from tests.core.jobs_at_work import Flags, add, gone, hold, wait_until, where
 from tests.core.jobs_under_fire import Ending, held_twice, records, works
 
@@ -157,6 +158,27 @@ def test_the_only_worker_of_a_pool_is_lost_and_comes_back(doomed: Client, flags:
         assert doomed.gather([running, waiting]) == ["a", "a"]
         start = time.monotonic()
     assert time.monotonic() - start < 2.5  # no host is waited for that was lost long ago
+
+
+@pytest.mark.slow
+def test_what_was_sent_ahead_is_not_charged_for_its_workers_death(flags: Flags) -> None:
+    def place(dask_scheduler: Any, key: str) -> bool:
+        return bool(dask_scheduler.tasks[key].processing_on)
+
+    with (
+        dask.config.set({"distributed.scheduler.allowed-failures": 0, "distributed.comm.timeouts.connect": "3s"}),
+        clustered() as (_, client),
+        DevicePool(client, devices={"0": ["a"]}, preload=()) as pool,
+    ):
+        client.gather(pool.map(where, range(4)))  # they are brief
+        running = pool.submit(hold, flags, "up")
+        flags.wait("up")
+        ahead = pool.submit(where)
+        wait_until(lambda: client.run_on_scheduler(place, key=ahead.key), 10, "it was not sent ahead")
+        _kill_worker(client, _holding(pool))
+        with pytest.raises(KilledWorker):
+            running.result(timeout=30)
+        assert ahead.result(timeout=60)[0] == "a"
 
 
 @pytest.mark.slow

@@ -9,7 +9,8 @@ order is Dask's own; the first is not overtaken. Sent by value, as the arbiter i
 Where jobs are brief, each device has its next one sent ahead: it waits on the worker,
 and begins when the device is free. It is called back when a device is free elsewhere,
 when one of higher priority comes, or when it has been overtaken too often. A worker
-gives back what has not begun, and Dask charges nobody for it.
+gives back what has not begun, and Dask charges nobody for it. Who has begun is
+presumed; where a worker has begun another one, it gives back the one that waits.
 """
 
 from __future__ import annotations
@@ -78,6 +79,7 @@ class Dispatcher(SchedulerPlugin):  # type: ignore[misc]
         self.pools: dict[str, _Pool] = {}
         self.placed: dict[str, _Placed] = {}  # the jobs under way
         self.due: Any = None
+        self.sent = 0
 
     def offer(self, resource: str, worker: str, amount: float) -> None:
         """A worker has so much of a resource from now on; 0 for no more."""
@@ -198,6 +200,8 @@ class Dispatcher(SchedulerPlugin):  # type: ignore[misc]
         amount = task.resource_restrictions[resource]
         if not (worker := self.choose(pool, amount)):
             return False
+        self.sent += 1
+        task.priority = (*task.priority[:-1], self.sent)  # the worker keeps to this order, too
         self.scheduler.resources[resource][worker] = amount
         try:
             self.scheduler.transitions({key: "processing"}, f"{self.name}-{time.time()}")

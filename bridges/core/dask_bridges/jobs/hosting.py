@@ -105,6 +105,7 @@ class _JobMember(WorkerMember):
         super().__init__(dataclasses.replace(spec, label="job", name=key, deadlines=deadlines), host.member.worker)
         self.key = key
         self.cancelled = self.called_back = False
+        self.waits = True  # for its devices
 
     def emit(self, kind: type[Event], /, **fields: Any) -> None:
         if kind is Log:
@@ -171,6 +172,7 @@ class _Host:
                         forked=self._spares.take(spec.environment),
                     ) as child,
                 ):
+                    member.waits = False
                     child.on_end(lease.close)  # the next job does not wait for what is still to do for this one
                     child.begin(in_child.run_here, work)
                     self._spares.fill(spec.environment)
@@ -248,10 +250,11 @@ class _Host:
         await turns.ask(worker, "offer", **token, worker=worker.address, resource=resource, amount=amount)
 
     def give_back(self, key: str) -> None:
-        """A job is wanted elsewhere, if it has not begun."""
+        """A job is wanted elsewhere; one that has not begun goes, that one if it can be."""
         with self._lock:
-            member = self._jobs.get(key)
-        if member is not None:
+            waiting = [member for member in self._jobs.values() if member.waits]
+        chosen = [member for member in waiting if member.key == key] or waiting[-1:]
+        for member in chosen:
             member.give_back()
 
     def cancel(self, key: str) -> None:
