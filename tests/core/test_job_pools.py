@@ -50,7 +50,7 @@ def sent_ahead(client: Client, future: Future) -> str:
 
 def make_brief(pool: DevicePool) -> None:
     """Have the pool know that its jobs are brief, so that the next ones are sent ahead."""
-    pool.client.gather(pool.map(where, range(4)))
+    pool.client.gather(pool.map(where, range(8)))
 
 
 def test_environment_variables_are_set_before_modules_are_imported(bridges_client: Client, tmp_path: Path) -> None:

@@ -163,14 +163,15 @@ def test_the_only_worker_of_a_pool_is_lost_and_comes_back(doomed: Client, flags:
 @pytest.mark.slow
 def test_what_was_sent_ahead_is_not_charged_for_its_workers_death(flags: Flags) -> None:
     def place(dask_scheduler: Any, key: str) -> bool:
-        return bool(dask_scheduler.tasks[key].processing_on)
+        task = dask_scheduler.tasks.get(key)
+        return task is not None and task.processing_on is not None
 
     with (
         dask.config.set({"distributed.scheduler.allowed-failures": 0, "distributed.comm.timeouts.connect": "3s"}),
         clustered() as (_, client),
         DevicePool(client, devices={"0": ["a"]}, preload=()) as pool,
     ):
-        client.gather(pool.map(where, range(4)))  # they are brief
+        client.gather(pool.map(where, range(8)))  # they are brief
         running = pool.submit(hold, flags, "up")
         flags.wait("up")
         ahead = pool.submit(where)
@@ -295,6 +296,18 @@ def test_workers_that_come_later_are_used(flags: Flags) -> None:
         flags.wait("up-1", 30)
         flags.set("go")
         assert sorted(client.gather(futures)) == ["0", "1"]
+
+
+@pytest.mark.slow
+def test_an_adaptive_cluster_grows_with_the_jobs_that_wait(flags: Flags) -> None:
+    with clustered(n_workers=1, resources={"GPU": 1}) as (cluster, client):
+        cluster.adapt(minimum=1, maximum=2, interval="200ms", target_duration="1s")
+        with DevicePool(client, preload=()) as pool:
+            futures = pool.map(hold, [flags] * 6, [f"up-{number}" for number in range(6)])
+            flags.wait("up-0")
+            flags.wait("up-1", 60)
+            flags.set("go")
+            assert set(client.gather(futures)) == {"0", "1"}
 
 
 @pytest.mark.slow

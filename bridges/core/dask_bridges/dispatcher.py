@@ -31,8 +31,8 @@ logger = logging.getLogger("dask_bridges.dispatcher")
 
 #: Name of the stream handler on the workers by which jobs that were sent ahead are called back.
 GIVE_BACK = "dask_bridges_give_back"
-#: Seconds until it is tried again where no worker with room is running, or a job that was called back has not come.
-AGAIN = 1.0
+#: Seconds until it is tried again where no worker with room is running, and where a job that was called back stays.
+AGAIN, CALL_AGAIN = 1.0, 0.2
 #: Jobs that last longer, in seconds, are not sent ahead: that would save them next to nothing.
 BRIEF = 2.0
 
@@ -113,7 +113,7 @@ class Dispatcher(SchedulerPlugin):  # type: ignore[misc]
     def transition(self, key: Any, start: str, finish: str, *args: Any, **kwargs: Any) -> None:
         """A task changes: it waits, has gone to a worker, or has come back from there."""
         if start == "processing" and key in self.placed:
-            self.left(key, self.placed.pop(key))
+            self.left(key, self.placed.pop(key), finish)
         if finish in ("no-worker", "processing"):
             task = self.scheduler.tasks[key]
             for resource, amount in (task.resource_restrictions or {}).items():
@@ -137,6 +137,8 @@ class Dispatcher(SchedulerPlugin):  # type: ignore[misc]
 
     def begin(self, pool: _Pool, worker: str) -> None:
         """Of the jobs that a worker has, those begin in their order for which there is room."""
+        if worker not in self.scheduler.workers:  # it has died, which is about to be said of its jobs
+            return
         waiting = pool.ahead.get(worker, [])
         while waiting and pool.room(worker) >= self.placed[waiting[0]].amount:
             job = self.placed[key := waiting.pop(0)]
@@ -146,7 +148,7 @@ class Dispatcher(SchedulerPlugin):  # type: ignore[misc]
             for other in self.sent_ahead(pool):
                 other.passed += other.worker != worker and other.order < job.order
 
-    def left(self, key: str, job: _Placed) -> None:
+    def left(self, key: str, job: _Placed, finish: str) -> None:
         """A job is done, or comes back."""
         pool = self.pools.get(job.resource)
         if not job.begun:
@@ -155,8 +157,9 @@ class Dispatcher(SchedulerPlugin):  # type: ignore[misc]
                 pool.ahead[job.worker].remove(key)
         elif pool is not None and job.worker in pool.used:
             pool.used[job.worker] -= job.amount
-            lasted = time.monotonic() - job.begun
-            pool.lasts = lasted if pool.lasts == float("inf") else 0.7 * pool.lasts + 0.3 * lasted
+            if finish == "memory":
+                lasted = time.monotonic() - job.begun
+                pool.lasts = (min(pool.lasts, lasted) + lasted) / 2  # the first waits for its framework
             self.begin(pool, job.worker)
         self.wake()
 
@@ -198,7 +201,7 @@ class Dispatcher(SchedulerPlugin):  # type: ignore[misc]
             heapq.heappop(pool.waiting)
             return True
         amount = task.resource_restrictions[resource]
-        if not (worker := self.choose(pool, amount)):
+        if not (worker := self.choose(pool, amount, order)):
             return False
         self.sent += 1
         task.priority = (*task.priority[:-1], self.sent)  # the worker keeps to this order, too
@@ -214,9 +217,11 @@ class Dispatcher(SchedulerPlugin):  # type: ignore[misc]
             heapq.heappop(pool.waiting)
         return True
 
-    def choose(self, pool: _Pool, amount: float) -> str:
+    def choose(self, pool: _Pool, amount: float, order: tuple[Any, ...]) -> str:
         """A worker for a job: with room, or else where it is sent ahead; empty for none."""
         fit = [worker for worker in pool.total if pool.fits(worker, amount)]
+        if fit and any(job.order < order for job in self.sent_ahead(pool)):
+            return ""  # which is called back, and takes that place
         # Whole devices where most are free; shares where one has been begun, so that whole ones stay whole.
         if running := list(filter(self.runs, fit)):
             return min(running, key=lambda w: (amount >= 1 or pool.room(w) % 1 < amount, -pool.room(w)))
@@ -243,11 +248,11 @@ class Dispatcher(SchedulerPlugin):  # type: ignore[misc]
             if not (free > 0 or first < job.order[0] or job.passed > devices):
                 continue
             free -= 1
-            if now > job.called + AGAIN:
+            if now > job.called + CALL_AGAIN:
                 job.called = now
                 message = {"op": GIVE_BACK, "resource": resource, "key": job.order[-1]}
                 self.scheduler.worker_send(job.worker, message)
-                self.wake(AGAIN)
+            self.wake(CALL_AGAIN)
 
 
 def _order(task: Any) -> tuple[Any, ...]:

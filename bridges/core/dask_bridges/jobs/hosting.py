@@ -252,9 +252,11 @@ class _Host:
     def give_back(self, key: str) -> None:
         """A job is wanted elsewhere; one that has not begun goes, that one if it can be."""
         with self._lock:
+            meant = self._jobs.get(key)
             waiting = [member for member in self._jobs.values() if member.waits]
-        chosen = [member for member in waiting if member.key == key] or waiting[-1:]
-        for member in chosen:
+        if meant is None:  # it is on its way, here or back
+            return
+        for member in [meant] if meant.waits else waiting[-1:]:
             member.give_back()
 
     def cancel(self, key: str) -> None:

@@ -118,7 +118,8 @@ class Child:
         self._heard = 0  # how often the child gave a sign of life
         self._deadline = float("inf")
         self._killed_because, self._killed_at = "", float("inf")
-        self._killings = _killings_for_memory()
+        # At the last two looks: the last one may have been after the child was killed, and before that was known.
+        self._killings = [_killings_for_memory()] * 2
         self._working = threading.Event()  # the child has its work, or never will
         self._numbers = itertools.count()
         self._calls: dict[int, futures.Future[tuple[Any, ...]]] = {}
@@ -265,7 +266,7 @@ class Child:
         name = signal.Signals(-code).name
         if name != "SIGKILL":
             return f"it crashed ({name})"
-        if _killings_for_memory() > self._killings:
+        if _killings_for_memory() > self._killings[0]:
             return "it was killed for memory, by the kernel (SIGKILL)"
         return "it was killed from outside (SIGKILL)"
 
@@ -284,6 +285,7 @@ class Child:
             silence = silence + passed if heard == self._heard else 0.0
             quiet = quiet + passed if used == now_used else 0.0
             heard, used = self._heard, now_used
+            self._killings = [self._killings[1], _killings_for_memory()]
             if silence >= self._limits.hang_timeout and quiet >= HOLD * self._limits.hang_timeout:
                 self.kill(f"it was frozen: no heartbeat for {silence:.0f} s and no processor time used")
             elif now >= self._deadline:
