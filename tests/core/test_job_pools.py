@@ -206,6 +206,28 @@ def test_a_job_sent_ahead_takes_a_device_that_is_free_elsewhere(bridges_client: 
         bridges_client.gather(held)
 
 
+def test_a_job_sent_ahead_is_passed_by_few_of_those_that_follow(bridges_client: Client, flags: Flags) -> None:
+    def note(number: int) -> None:
+        with (flags.folder / "order").open("a") as file:
+            file.write(f"{number}\n")
+        time.sleep(0.1)  # long enough for the next one to be sent
+
+    with DevicePool(bridges_client, devices={"0": ["0"], "1": ["1"]}, preload=()) as pool:
+        make_brief(pool)
+        held = [pool.submit(hold, flags, f"up-{number}", f"go-{number}") for number in range(2)]
+        for number in range(2):
+            flags.wait(f"up-{number}")
+        first, *others = pool.map(note, range(16))
+        there = sent_ahead(bridges_client, first)
+        (other,) = (row for row in pool.status() if row["worker"] != there)
+        flags.set(f"go-{[future.key for future in held].index(other['holder'].removeprefix('job '))}")
+        bridges_client.gather([first, *others])
+        assert (flags.folder / "order").read_text().split().index("0") < 10
+        for number in range(2):
+            flags.set(f"go-{number}")
+        bridges_client.gather(held)
+
+
 def test_a_job_sent_ahead_lets_one_of_higher_priority_pass(bridges_client: Client, flags: Flags) -> None:
     def note(name: str) -> None:
         with (flags.folder / "order").open("a") as file:

@@ -58,6 +58,7 @@ class _Pool:
         self.total: dict[str, float] = {}
         self.used: dict[str, float] = {}
         self.ahead: dict[str, list[str]] = {}  # what was sent to each worker and has not begun
+        self.slow: set[str] = set()  # workers from which a job was called back since they began one
         self.waiting: list[tuple[Any, str]] = []  # a heap of (order, key)
         self.lasts = float("inf")  # seconds; a running mean
 
@@ -145,6 +146,7 @@ class Dispatcher(SchedulerPlugin):  # type: ignore[misc]
             job.begun = time.monotonic()
             pool.used[worker] = pool.used.get(worker, 0.0) + job.amount
             self.settle(key, job)
+            pool.slow.discard(worker)
             for other in self.sent_ahead(pool):
                 other.passed += other.worker != worker and other.order < job.order
 
@@ -230,7 +232,7 @@ class Dispatcher(SchedulerPlugin):  # type: ignore[misc]
             return ""
         if amount != 1 or pool.lasts > BRIEF:
             return ""
-        sent = {worker: len(pool.ahead.get(worker, ())) / total for worker, total in pool.total.items()}
+        sent = {worker: len(pool.ahead.get(worker, ())) / pool.total[worker] for worker in {*pool.total} - pool.slow}
         return min(
             (worker for worker in sent if sent[worker] < 1 and self.runs(worker)), key=sent.__getitem__, default=""
         )
@@ -248,6 +250,8 @@ class Dispatcher(SchedulerPlugin):  # type: ignore[misc]
             if not (free > 0 or first < job.order[0] or job.passed > devices):
                 continue
             free -= 1
+            if job.passed > devices:
+                pool.slow.add(job.worker)
             if now > job.called + CALL_AGAIN:
                 job.called = now
                 message = {"op": GIVE_BACK, "resource": resource, "key": job.order[-1]}
