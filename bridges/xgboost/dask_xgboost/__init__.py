@@ -9,6 +9,7 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from dask_xgboost.crossvalidation import cv
     from dask_xgboost.dmatrix import DMatrix
     from dask_xgboost.estimators import XGBClassifier, XGBRanker, XGBRegressor, XGBRFClassifier, XGBRFRegressor
     from dask_xgboost.metrics import gathered
@@ -22,6 +23,7 @@ __all__ = [
     "XGBRFRegressor",
     "XGBRanker",
     "XGBRegressor",
+    "cv",
     "gathered",
     "predict",
     "train",
@@ -29,6 +31,7 @@ __all__ = [
 
 _HOMES = {
     "DMatrix": "dmatrix",
+    "cv": "crossvalidation",
     "XGBClassifier": "estimators",
     "XGBRFClassifier": "estimators",
     "XGBRFRegressor": "estimators",

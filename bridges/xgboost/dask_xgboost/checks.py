@@ -10,7 +10,16 @@ import numpy as np
 from dask_bridges.errors import DataError
 from dask_xgboost.blocks import BlockInfo
 
-__all__ = ["check_array", "check_columns", "check_field", "check_labels", "check_params", "check_ranks", "check_width"]
+__all__ = [
+    "check_array",
+    "check_columns",
+    "check_cuts",
+    "check_field",
+    "check_labels",
+    "check_params",
+    "check_ranks",
+    "check_width",
+]
 
 _GLOBAL_ONLY = {
     "booster": {"gblinear": "it updates one weight vector in place; use gbtree or dart"},
@@ -56,6 +65,17 @@ def check_ranks(params: Mapping[str, Any], ranks: int) -> None:
         raise ValueError(
             f"process_type='update' on {ranks} workers: XGBoost updates trees in one process only. Use n_workers=1"
         )
+
+
+def check_cuts(cuts: str) -> None:
+    """Refuse what is no way to find cuts.
+
+    Raises
+    ------
+    ValueError
+    """
+    if cuts not in ("auto", "quantiles", "sketch"):
+        raise ValueError(f"cuts={cuts!r}: give 'auto', 'quantiles' or 'sketch'")
 
 
 def check_columns(role: str, meta: Any) -> None:

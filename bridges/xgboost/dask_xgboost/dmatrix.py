@@ -213,6 +213,11 @@ class DMatrix:
         """Whether the field ("weight", "qid") was given."""
         return field in self.columns or field in self.parts.roles
 
+    def labels(self) -> Any:
+        """The collection of the labels."""
+        column = self.columns.get("label")
+        return self._collections["label"] if column is None else self._collections["X"][column]
+
     @property
     def rows(self) -> int:
         """Number of rows."""

@@ -19,7 +19,19 @@ from xgboost import collective
 
 from dask_xgboost.gathering import all_gather
 
-__all__ = ["AREAS", "AllRows", "Gathered", "GlobalMetrics", "gathered", "on_one_machine", "pr_auc", "roc_auc"]
+__all__ = [
+    "AREAS",
+    "AllRows",
+    "Gathered",
+    "GlobalMetrics",
+    "gathered",
+    "in_order",
+    "metric_names",
+    "on_one_machine",
+    "pr_auc",
+    "roc_auc",
+    "without",
+]
 
 #: Built-in metrics computed here.
 AREAS = ("auc", "aucpr")
@@ -327,3 +339,29 @@ class GlobalMetrics:
             root = int(collective.allreduce(first, collective.Op.MIN)[0])
             self._roots[id(matrix)] = (root, list(collective.broadcast(found, root)))
         return self._roots[id(matrix)][1]
+
+
+def metric_names(params: dict[str, Any]) -> list[str]:
+    """The metrics of ``eval_metric``, in the user's order."""
+    given = params.get("eval_metric", [])
+    return [given] if isinstance(given, str) else [str(name) for name in given]
+
+
+def without(params: dict[str, Any], wanted: list[str], areas: list[str]) -> dict[str, Any]:
+    """The parameters, less the metrics that `GlobalMetrics` computes."""
+    if not areas:
+        return params
+    left = [name for name in wanted if name not in areas]
+    changed = {**params, "eval_metric": left}
+    return changed if left else {**changed, "disable_default_eval_metric": 1}
+
+
+def in_order(wanted: Sequence[str], found: Sequence[str], areas: Sequence[str]) -> list[str]:
+    """The metrics found, in the order of ``eval_metric``; then the user's own.
+
+    >>> in_order(["auc", "error@0.5", "logloss"], ["error", "logloss", "auc", "mine"], ["auc"])
+    ['auc', 'error', 'logloss', 'mine']
+    """
+    others = iter([name for name in found if name not in areas])  # XGBoost renames some: "error@0.5" is "error"
+    ordered = [name if name in areas else next(others, "") for name in dict.fromkeys(wanted)]
+    return [name for name in [*ordered, *others] if name in found]

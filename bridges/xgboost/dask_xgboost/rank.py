@@ -16,7 +16,8 @@ from dask_bridges.task import WorkerMember
 from dask_xgboost.boosting import Rounds
 from dask_xgboost.communicator import capture_log, communicator
 from dask_xgboost.devices import own_gpu
-from dask_xgboost.metrics import AREAS, GlobalMetrics
+from dask_xgboost.folds import Folds, History, Newest, Run, cross_validate, masks, sides_of
+from dask_xgboost.metrics import AREAS, GlobalMetrics, in_order, metric_names, without
 from dask_xgboost.ready import Agreed, MatricesSpec, agree, ready
 from dask_xgboost.resident import Built, lent
 from dask_xgboost.resuming import Keeper, Keeping, State, left_behind
@@ -61,6 +62,8 @@ class TrainSpec:
         Its worker's GPU.
     finishing : bool
         Whether an earlier attempt was asked to stop.
+    folds : Folds or None
+        Of a cross-validation.
     """
 
     loop: Loop
@@ -70,6 +73,7 @@ class TrainSpec:
     state: State | None = None
     devices: Wanted | None = None
     finishing: bool = False
+    folds: Folds | None = None
 
 
 @dataclass(frozen=True)
@@ -79,14 +83,14 @@ class TrainResult:
     Attributes
     ----------
     booster : xgboost.Booster or None
-        None where matrices are lacking, see `Agreed`.
-    history : dict
+        None where matrices are lacking, see `Agreed`, and of a cross-validation.
+    history : dict, or list of dict
     callbacks : sequence of TrainingCallback
     agreed : Agreed
     """
 
     booster: xgb.Booster | None
-    history: dict[str, Any]
+    history: Any
     callbacks: Sequence[Any]
     agreed: Agreed
 
@@ -114,9 +118,11 @@ def train_rank(member: WorkerMember, spec: TrainSpec) -> TrainResult | None:
 
 def _trained(
     member: WorkerMember, spec: TrainSpec, agreed: Agreed, held: Sequence[Built | None]
-) -> tuple[xgb.Booster, dict[str, Any]]:
+) -> tuple[xgb.Booster | None, Any]:
     matrices = ready(member, spec.matrices, agreed, held, int(_threads(member, spec.loop.params)))
     with member.span("compute"):
+        if spec.folds is not None:
+            return None, _cross_validated(member, spec.loop, spec.folds, matrices[0])
         return _boost(member, spec, matrices[0], [(matrices[number], name) for number, name in spec.evals])
 
 
@@ -130,23 +136,11 @@ def _boost(
     member: WorkerMember, spec: TrainSpec, matrix: Any, evals: list[tuple[Any, str]]
 ) -> tuple[xgb.Booster, dict[str, Any]]:
     loop = spec.loop
-    params = {**loop.params, "nthread": _threads(member, loop.params)}
-    params.pop("n_jobs", None)
-    if "random_state" in params:
-        params["seed"] = params.pop("random_state")
+    params, areas, custom = _told(member, loop, loop.params, matrix)
     wanted = metric_names(params)
-    areas: list[str] = []
-    if member.world_size > 1 and not matrix.get_uint_info("group_ptr").size:
-        areas = [name for name in wanted if name in AREAS]
-    custom = loop.custom_metric
-    if areas or custom is not None:
-        custom = _global_metrics(areas, loop)
-    remembering = list(loop.callbacks)
-    if loop.early_stopping_rounds:
-        stopping = xgb.callback.EarlyStopping(rounds=loop.early_stopping_rounds, maximize=loop.maximize)
-        remembering.append(stopping)
+    remembering = _callbacks(loop)
     rounds = Rounds(
-        params=_without(params, wanted, areas),
+        params=without(params, wanted, areas),
         total=loop.num_boost_round,
         every=loop.segment,
         model=loop.xgb_model,
@@ -166,6 +160,59 @@ def _boost(
     return booster, history
 
 
+def _told(
+    member: WorkerMember, loop: Loop, given: dict[str, Any], matrix: Any
+) -> tuple[dict[str, Any], list[str], GlobalMetrics | None]:
+    """What XGBoost is told: parameters; which of their metrics are computed here; these, with the user's own."""
+    params = {**given, "nthread": _threads(member, given)}
+    params.pop("n_jobs", None)
+    if "random_state" in params:
+        params["seed"] = params.pop("random_state")
+    areas: list[str] = []
+    if member.world_size > 1 and not matrix.get_uint_info("group_ptr").size:
+        areas = [name for name in metric_names(params) if name in AREAS]
+    return params, areas, _global_metrics(areas, loop, given) if areas or loop.custom_metric is not None else None
+
+
+def _callbacks(loop: Loop) -> list[Any]:
+    """The user's, and that of early stopping."""
+    if not loop.early_stopping_rounds:
+        return list(loop.callbacks)
+    stopping = xgb.callback.EarlyStopping(rounds=loop.early_stopping_rounds, maximize=loop.maximize)
+    return [*loop.callbacks, stopping]
+
+
+def _cross_validated(member: WorkerMember, loop: Loop, folds: Folds, matrix: Any) -> list[History]:
+    """The history of each set of parameters."""
+    told = [_told(member, loop, given, matrix) for given in folds.params]
+    proxied = any(custom is not None for *_, custom in told)
+    sides = sides_of(member, matrix, masks(folds, matrix.get_label()), proxied=proxied)
+    histories: list[History] = []
+    for params, areas, custom in told:
+        done = len(histories) * loop.num_boost_round
+
+        def tell(number: int, newest: Newest, done: int = done) -> None:
+            if member.rank == 0:
+                means = {f"{name}-{metric}-mean": mean for (name, metric), (mean, _) in newest.items()}
+                stds = {f"{name}-{metric}-std": deviation for (name, metric), (_, deviation) in newest.items()}
+                member.metrics(done + number, means | stds)
+                member.progress(done + number + 1, len(told) * loop.num_boost_round)
+
+        run = Run(
+            rounds=loop.num_boost_round,
+            params=without(params, metric_names(params), areas),
+            wanted=metric_names(params),
+            callbacks=_callbacks(loop),
+            obj=loop.obj,
+            metrics=custom,
+            agreed=functools.partial(_agreed, member),
+        )
+        histories.append(cross_validate(member, matrix, sides, run, tell))
+        if member.finishing:
+            break
+    return histories
+
+
 def _agreed(member: WorkerMember, wanted: bool) -> bool:
     """Whether the ranks end here, since one wants to: it must not leave the others waiting for it."""
     if member.world_size == 1:
@@ -173,25 +220,10 @@ def _agreed(member: WorkerMember, wanted: bool) -> bool:
     return bool(collective.allreduce(np.array([wanted], dtype="int8"), collective.Op.MAX)[0])
 
 
-def _global_metrics(areas: list[str], loop: Loop) -> GlobalMetrics:
-    objective, classes = loop.params.get("objective"), int(loop.params.get("num_class", 0))
+def _global_metrics(areas: list[str], loop: Loop, params: dict[str, Any]) -> GlobalMetrics:
+    objective, classes = params.get("objective"), int(params.get("num_class", 0))
     margins = str(objective).startswith("multi:") and (objective != "multi:softprob" or loop.obj is not None)
     return GlobalMetrics(areas, loop.custom_metric, classes if classes > 1 else 0, margins)
-
-
-def metric_names(params: dict[str, Any]) -> list[str]:
-    """The metrics of ``eval_metric``, in the user's order."""
-    given = params.get("eval_metric", [])
-    return [given] if isinstance(given, str) else [str(name) for name in given]
-
-
-def _without(params: dict[str, Any], wanted: list[str], areas: list[str]) -> dict[str, Any]:
-    """The parameters, less the metrics that `GlobalMetrics` computes."""
-    if not areas:
-        return params
-    left = [name for name in wanted if name not in areas]
-    changed = {**params, "eval_metric": left}
-    return changed if left else {**changed, "disable_default_eval_metric": 1}
 
 
 class _Report(xgb.callback.TrainingCallback):  # type: ignore[misc]
@@ -218,7 +250,7 @@ class _Report(xgb.callback.TrainingCallback):  # type: ignore[misc]
         if self.metrics is not None:
             for matrix, name in self.evals:
                 log = evals_log.get(name, {})
-                for metric in _in_order(self.wanted, list(log), self.metrics.areas):
+                for metric in in_order(self.wanted, list(log), self.metrics.areas):
                     log.move_to_end(metric)
                     log[metric][-1] = self.metrics.exact.get((id(matrix), metric), log[metric][-1])
         if self.member.rank == 0:
@@ -238,14 +270,3 @@ class _Finish(xgb.callback.TrainingCallback):  # type: ignore[misc]
     def after_iteration(self, model: Any, epoch: int, evals_log: Any) -> bool:
         """Ask the other ranks to end, too."""
         return self.member.finishing
-
-
-def _in_order(wanted: Sequence[str], found: Sequence[str], areas: Sequence[str]) -> list[str]:
-    """The metrics found, in the order of ``eval_metric``; then the user's own.
-
-    >>> _in_order(["auc", "error@0.5", "logloss"], ["error", "logloss", "auc", "mine"], ["auc"])
-    ['auc', 'error', 'logloss', 'mine']
-    """
-    others = iter([name for name in found if name not in areas])  # XGBoost renames some: "error@0.5" is "error"
-    ordered = [name if name in areas else next(others, "") for name in dict.fromkeys(wanted)]
-    return [name for name in [*ordered, *others] if name in found]

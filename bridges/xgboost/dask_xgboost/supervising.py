@@ -12,7 +12,6 @@ from dataclasses import dataclass, field, replace
 from itertools import repeat
 from typing import Any
 
-import xgboost as xgb
 from dask.base import tokenize
 from dask.utils import format_bytes
 from distributed import Client
@@ -68,6 +67,8 @@ class Supervised:
     max_restarts : int
     listeners : sequence of callable
         Hear the events of every attempt.
+    folds : Asked or None
+        Of a cross-validation.
     """
 
     client: Client
@@ -79,6 +80,7 @@ class Supervised:
     keeping: Keeping | None
     max_restarts: int
     listeners: Sequence[Any] = ()
+    folds: Any = None
     _names: list[str] = field(default_factory=list)  # of the workers, by rank
     _ranks: list[str] = field(default_factory=list)  # their addresses
     _placement: resuming.Placement = ()
@@ -100,8 +102,8 @@ class Supervised:
         """Align the collections, in the caller's thread."""
         dmatrix.prepare(self.client, self.matrices)
 
-    async def run(self, evals_result: dict[str, Any] | None) -> xgb.Booster:
-        """Train, and bring back rank 0's result."""
+    async def run(self, evals_result: dict[str, Any] | None) -> Any:
+        """Train, and bring back rank 0's result: the booster, or the histories of a cross-validation."""
         try:
             return self._deliver(await self._attempts(), evals_result)
         finally:
@@ -167,6 +169,8 @@ class Supervised:
         return self.client.status != "running" or any(f.status == "cancelled" for futures in held for f in futures)
 
     async def _attempt(self, number: int, state: State | None, reached: _Reached) -> TrainResult:
+        if self.folds is not None:
+            await self.folds.settle(self.client, self.matrix)
         for matrix in self.matrices:
             await matrix.residents.taken()
         plan = GangPlan(
@@ -239,10 +243,11 @@ class Supervised:
 
     def _check(self) -> None:
         """Refuse what the objective does not take, and what several ranks cannot do."""
-        for matrix in self.matrices:
-            if self.loop.obj is None:
-                checks.check_labels(matrix.role, self.loop.params, matrix.infos)
-        checks.check_ranks(self.loop.params, len(self._ranks))
+        for params in [self.loop.params] if self.folds is None else self.folds.params:
+            for matrix in self.matrices:
+                if self.loop.obj is None:
+                    checks.check_labels(matrix.role, params, matrix.infos)
+            checks.check_ranks(params, len(self._ranks))
 
     async def _usable(self) -> list[WorkerInfo]:
         """The workers that can train now."""
@@ -375,6 +380,7 @@ class Supervised:
                 state=state,
                 devices=self._devices.get(worker),
                 finishing=self._finishing,
+                folds=None if self.folds is None else self.folds.on(self.matrix, worker),
             )
             for worker, matrices in zip(self._ranks, self._matrices_specs(state))
         ]
@@ -438,8 +444,9 @@ class Supervised:
                     stacklevel=2,
                 )
 
-    def _deliver(self, result: TrainResult, evals_result: dict[str, Any] | None) -> xgb.Booster:
-        assert result.booster is not None
+    def _deliver(self, result: TrainResult, evals_result: dict[str, Any] | None) -> Any:
+        if self.folds is not None:
+            return result.history
         if evals_result is not None:
             evals_result.update(result.history)
         for ours, theirs in zip(self.loop.callbacks, result.callbacks):

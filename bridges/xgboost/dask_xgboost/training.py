@@ -25,7 +25,7 @@ from dask_xgboost.report import RoundPrinter
 from dask_xgboost.resuming import Keeping
 from dask_xgboost.supervising import Supervised
 
-__all__ = ["train"]
+__all__ = ["checked_callbacks", "matrix_of", "settings_of", "train"]
 
 
 def train(
@@ -192,18 +192,13 @@ def train(
     >>> client.close()
     """
     client = clients.current(client)
-    settings = dict(params)
-    if isinstance(params, Sequence) and len(settings) < len(params):
-        settings["eval_metric"] = [value for name, value in params if name == "eval_metric"]
-    settings = {name: value for name, value in settings.items() if value is not None}  # as XGBoost reads them
-    if max_bin is not None:
-        settings["max_bin"] = max_bin
+    settings = settings_of(params, max_bin)
     checks.check_params(settings)
     placement.refuse_plaintext(client, allow_plaintext, "XGBoost's tracker and collective traffic")
     given = {"label": _label(y, label), "weight": weight, "base_margin": base_margin, "qid": qid,
              "label_lower_bound": label_lower_bound, "label_upper_bound": label_upper_bound}  # fmt: skip
     options = MatrixOptions(feature_weights, feature_names, feature_types, missing, enable_categorical)
-    matrix = _matrix(client, X, given, options, "X")
+    matrix = matrix_of(client, X, given, options, "X")
     loop = Loop(
         params=settings,
         num_boost_round=num_boost_round,
@@ -211,7 +206,7 @@ def train(
         custom_metric=custom_metric,
         early_stopping_rounds=early_stopping_rounds,
         maximize=maximize,
-        callbacks=_checked_callbacks(callbacks),
+        callbacks=checked_callbacks(callbacks),
         xgb_model=_raw(xgb_model),
         tracker_host=config.get("xgboost.tracker-host", tracker_host),
         tracker_port=config.get("xgboost.tracker-port", tracker_port),
@@ -219,8 +214,7 @@ def train(
         config=xgb.get_config(),
         cuts=cuts,
     )
-    if cuts not in ("auto", "quantiles", "sketch"):
-        raise ValueError(f"cuts={cuts!r}: give 'auto', 'quantiles' or 'sketch'")
+    checks.check_cuts(cuts)
     port_range(loop.tracker_port, "tracker_port")
     if early_stopping_rounds and not evals:
         raise DataError("early_stopping_rounds needs rows to look at: pass evals=[(what, name)]")
@@ -242,6 +236,15 @@ def train(
     )
     training.prepare()
     return clients.call(client, training.run, evals_result)
+
+
+def settings_of(params: Mapping[str, Any] | Sequence[tuple[str, Any]], max_bin: int | None) -> dict[str, Any]:
+    """Parameters as a dict, as XGBoost reads them."""
+    settings = dict(params)
+    if isinstance(params, Sequence) and len(settings) < len(params):
+        settings["eval_metric"] = [value for name, value in params if name == "eval_metric"]
+    settings = {name: value for name, value in settings.items() if value is not None}
+    return settings if max_bin is None else {**settings, "max_bin": max_bin}
 
 
 def _unkept(params: Mapping[str, Any]) -> str | None:
@@ -269,7 +272,8 @@ def _keeping(
     return Keeping(None) if max_restarts else None
 
 
-def _matrix(client: Client, X: Any, fields: dict[str, Any], options: MatrixOptions, role: str) -> DMatrix:
+def matrix_of(client: Client, X: Any, fields: dict[str, Any], options: MatrixOptions, role: str) -> DMatrix:
+    """The matrix that is given, or that of collections."""
     if isinstance(X, DMatrix):
         extra = [name for name, value in fields.items() if value is not None]
         if extra:
@@ -304,7 +308,7 @@ def _evals(
             fields = {**fields, **dict(zip(("label", "weight"), rest))}
         if isinstance(fields.get("weight"), str) and fields["weight"] not in getattr(what, "columns", ()):
             fields = {field: value for field, value in fields.items() if field != "weight"}
-        other = _matrix(client, what, {} if isinstance(what, DMatrix) else dict(fields), options, role)
+        other = matrix_of(client, what, {} if isinstance(what, DMatrix) else dict(fields), options, role)
         _check_features(matrix, other, role)
         sets.append((other, name))
     return sets
@@ -320,7 +324,8 @@ def _check_features(matrix: DMatrix, other: DMatrix, role: str) -> None:
         raise DataError(f"{role} has {other.num_features} features and the training set {matrix.num_features}")
 
 
-def _checked_callbacks(callbacks: Sequence[Any] | None) -> tuple[Any, ...]:
+def checked_callbacks(callbacks: Sequence[Any] | None) -> tuple[Any, ...]:
+    """Callbacks, if they are."""
     for callback in callbacks or ():
         if not isinstance(callback, xgb.callback.TrainingCallback):
             raise TypeError(f"callbacks are xgboost.callback.TrainingCallback objects, not {callback!r}")
