@@ -137,6 +137,7 @@ def test_leaves_that_want_all_rows_are_right_on_one_worker(bridges_client: Clien
         assert_same(*both(bridges_client, rows, *case, workers=one), rows)
 
 
+@later
 def test_monotone_constraints_hold(bridges_client: Client, rows: Any) -> None:
     (booster, _), _ = both(bridges_client, rows, *CASES["monotone"])
     grid = np.tile(rows.X[:1], (30, 1))

@@ -104,6 +104,13 @@ def test_a_matrix_that_is_there_moves_to_the_workers_that_are_chosen(client: Cli
     assert used(client, matrix, None, resources={"memory": 64e9}, n_workers=1) < {"large", "larger"}
 
 
+def test_the_same_rows_go_where_each_training_wants_them(client: Client) -> None:
+    X, y = data()
+    for number in (1, 1, None, 2, 2, None):
+        assert len(used(client, X, y, n_workers=number)) == (number or 3)
+    assert used(client, X, y, workers=["large"]) == {"large"}
+
+
 @pytest.mark.parametrize("where", ["collections", "memory"])
 def test_estimators_take_the_same_words(client: Client, where: str) -> None:
     X, y = data()

@@ -115,7 +115,8 @@ def test_one_row_is_trained_on_and_gone_on_from(bridges_client: Client, classes:
     assert dask_xgboost.predict(bridges_client, then, lazy(X)).compute().shape == ((360, 4) if classes > 2 else (360,))
 
 
-@pytest.mark.parametrize("classes", [2, pytest.param(3, marks=later)])
+@pytest.mark.slow
+@pytest.mark.parametrize("classes", [2, 3])
 def test_boosting_goes_on_from_predictions(bridges_client: Client, classes: int) -> None:
     """Margins are collections that are computed with the data."""
     X, y = numbers(classes=classes)
@@ -129,7 +130,8 @@ def test_boosting_goes_on_from_predictions(bridges_client: Client, classes: int)
     np.testing.assert_allclose(found, both.predict(xgb.DMatrix(X), output_margin=True), atol=1e-4)
 
 
-@pytest.mark.parametrize("max_cat_to_onehot", [pytest.param(99, marks=later), 1])
+@pytest.mark.slow
+@pytest.mark.parametrize("max_cat_to_onehot", [99, 1])
 def test_categories_are_split_as_indicators_are(bridges_client: Client, max_cat_to_onehot: int) -> None:
     X, y = numbers(classes=3)
     frame = pd.DataFrame(X, columns=COLUMNS).assign(label=y)

@@ -13,7 +13,7 @@ from dask._task_spec import TaskRef
 from distributed import Client
 
 from dask_bridges.partitions import Part, Partitions
-from dask_bridges.partitions.blocks import describe
+from dask_bridges.partitions.blocks import cut, describe
 from dask_bridges.shipping import sealed_task
 from dask_xgboost.blocks import BlockInfo, groups_of, inspect, recode, union_of_categories
 
@@ -21,6 +21,8 @@ __all__ = ["cut_groups", "together"]
 
 #: Pieces that travel between partitions, at most: each is a task of the scheduler's.
 MOST_PIECES = 50_000
+
+_STAYS = -1
 
 
 @dataclass(frozen=True)
@@ -59,24 +61,24 @@ async def together(
         Addresses where this may be done.
     """
     infos: list[BlockInfo] = [info.extra for info in parts.infos]
-    cut = cut_groups(infos)
-    if not len(cut):
+    groups = cut_groups(infos)
+    if not len(groups):
         return parts
-    graph, keys, looks = _graph(parts, _moves(infos, cut), dict(columns), union_of_categories(infos))
+    graph, keys, looks = _graph(parts, _moves(infos, groups), dict(columns), union_of_categories(infos))
     restriction = {} if workers is None else {"workers": list(workers), "allow_other_workers": False}
     futures, described = client.get(graph, [keys, looks], sync=False, **restriction)
     return Partitions(parts.roles, list(await client.gather(described)), list(futures))
 
 
-def _moves(infos: Sequence[BlockInfo], cut: Any) -> list[_Moves]:
+def _moves(infos: Sequence[BlockInfo], groups: Any) -> list[_Moves]:
     """What leaves each partition."""
     import pandas as pd
 
-    hashes = pd.util.hash_array(cut)
-    owners = [np.isin(cut, info.groups, assume_unique=True) for info in infos]
+    hashes = pd.util.hash_array(groups)
+    owners = [np.isin(groups, info.groups, assume_unique=True) for info in infos]
     shares = np.sum(owners, axis=0)
-    chosen, passed = hashes % shares.astype("uint64"), np.zeros(len(cut), dtype="uint64")
-    target = np.zeros(len(cut), dtype="int64")
+    chosen, passed = hashes % shares.astype("uint64"), np.zeros(len(groups), dtype="uint64")
+    target = np.zeros(len(groups), dtype="int64")
     for partition, owned in enumerate(owners):  # the chosen one of those that have rows of the group
         target[owned & (passed == chosen)] = partition
         passed += owned
@@ -85,7 +87,7 @@ def _moves(infos: Sequence[BlockInfo], cut: Any) -> list[_Moves]:
         few = max(1, MOST_PIECES // len(infos))
         target = (hashes % np.uint64(few)).astype("int64") * len(infos) // few
     return [
-        _Moves(cut[leaves], target[leaves])
+        _Moves(groups[leaves], target[leaves])
         for partition, owned in enumerate(owners)
         for leaves in [owned & (target != partition)]
     ]
@@ -109,7 +111,7 @@ def _graph(
         for target in [number, *np.unique(leaving.targets).tolist()]:
             key = (picked, number, target)
             graph[key] = sealed_task(
-                key, _pick, None if target == number else target, inputs=(TaskRef((divided, number)),)
+                key, _pick, _STAYS if target == number else target, inputs=(TaskRef((divided, number)),)
             )
             sources[target].append(TaskRef(key))
     look_at = functools.partial(inspect, columns=tuple(columns.items()))
@@ -122,23 +124,19 @@ def _graph(
 # On the workers
 
 
-def _divide(columns: Mapping[str, str], leaving: _Moves, part: Part) -> dict[int | None, Part]:
-    """The rows that go to each partition; those that stay under None."""
+def _divide(columns: Mapping[str, str], leaving: _Moves, part: Part) -> dict[int, Part]:
+    """The rows that go to each partition; those that stay under -1."""
     groups = groups_of(part, columns)
     places = np.minimum(np.searchsorted(leaving.groups, groups), len(leaving.groups) - 1)
-    leaves = leaving.groups[places] == groups
-    targets = leaving.targets[places]
-    found: dict[int | None, Part] = {None: _rows(part, np.flatnonzero(~leaves))}
-    for target in np.unique(targets[leaves]).tolist():
-        found[target] = _rows(part, np.flatnonzero(leaves & (targets == target)))
-    return found
+    targets = np.where(leaving.groups[places] == groups, leaving.targets[places], _STAYS)
+    order = np.argsort(targets, kind="stable")
+    found, starts = np.unique(targets[order], return_index=True)
+    in_order = {role: block.iloc[order] if hasattr(block, "iloc") else block[order] for role, block in part.items()}
+    pieces = {int(to): cut(start, stop, in_order) for to, start, stop in zip(found, starts, [*starts[1:], len(order)])}
+    return {_STAYS: cut(0, 0, in_order), **pieces}
 
 
-def _rows(part: Part, rows: Any) -> Part:
-    return {role: block.iloc[rows] if hasattr(block, "iloc") else block[rows] for role, block in part.items()}
-
-
-def _pick(target: int | None, divided: dict[int | None, Part]) -> Part:
+def _pick(target: int, divided: dict[int, Part]) -> Part:
     return divided[target]
 
 

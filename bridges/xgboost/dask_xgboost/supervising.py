@@ -225,9 +225,9 @@ class Supervised:
     async def _place_first(self) -> None:
         matrices = self.matrices
         usable = await self._usable()
-        before = [worker for worker in usable if worker.address in self.matrix.among]
-        again = before if len(before) == self.places.n_workers else usable
-        if await self._all_resident([worker.address for worker in again]):
+        number = self.places.n_workers
+        again = [worker for worker in usable if number is None or worker.address in self.matrix.among]
+        if number in (None, len(again)) and await self._all_resident([worker.address for worker in again]):
             self._settle(again)
             self._check()
             return
