@@ -19,6 +19,7 @@ from dask_bridges.errors import (
     MemberLost,
     PlacementError,
 )
+from dask_bridges.reporting import report
 
 __all__ = [
     "BridgeError",
@@ -28,6 +29,7 @@ __all__ = [
     "MemberLost",
     "PlacementError",
     "__version__",
+    "report",
 ]
 
 _config.set_defaults()

@@ -10,6 +10,7 @@ from typing import Any
 import xgboost as xgb
 
 from dask_bridges.devices.members import Wanted
+from dask_bridges.tally import slept
 from dask_bridges.task import WorkerMember
 from dask_xgboost import cuts
 from dask_xgboost.boosting import Rounds
@@ -100,7 +101,10 @@ def train_rank(member: WorkerMember, spec: TrainSpec) -> TrainResult | None:
 def _trained(member: WorkerMember, spec: TrainSpec) -> tuple[xgb.Booster, dict[str, Any]]:
     matrix, evals = _matrices(member, spec)
     with member.span("compute"):
-        return _boost(member, spec, matrix, evals)
+        try:
+            return _boost(member, spec, matrix, evals)
+        finally:
+            member.tally.tell("compute", now=True)
 
 
 def _matrices(member: WorkerMember, spec: TrainSpec) -> tuple[Any, list[tuple[Any, str]]]:
@@ -206,6 +210,8 @@ class _Report(xgb.callback.TrainingCallback):  # type: ignore[misc]
         self.wanted = wanted
         self.evals = evals
         self.metrics = custom if isinstance(custom, GlobalMetrics) else None
+        member.tally.begin()
+        self._slept = slept()
 
     def before_iteration(self, model: Any, epoch: int, evals_log: Any) -> bool:
         """Ranks that were asked to stop end here."""
@@ -227,7 +233,21 @@ class _Report(xgb.callback.TrainingCallback):  # type: ignore[misc]
             if newest:
                 self.member.metrics(epoch, newest)
             self.member.progress(epoch + 1, self.total)
+        if self.member.tally.due:
+            self._tell_time()
         return False
+
+    def after_training(self, model: Any) -> Any:
+        """The last window ends."""
+        self._tell_time()
+        return model
+
+    def _tell_time(self) -> None:
+        """What the last rounds went into: XGBoost sleeps in its collective only."""
+        before, self._slept = self._slept, slept()
+        if self.member.world_size > 1:  # alone it has no peers to wait for
+            self.member.tally.add("communicate", self._slept - before)
+        self.member.tally.tell("compute", now=True)
 
 
 def _in_order(wanted: Sequence[str], found: Sequence[str], areas: Sequence[str]) -> list[str]:

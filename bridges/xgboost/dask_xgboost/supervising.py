@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import uuid
 import warnings
 import zlib
 from collections.abc import Mapping, Sequence
@@ -15,6 +16,7 @@ from dask.utils import format_bytes
 from distributed import Client
 
 from dask_bridges import config, placement
+from dask_bridges.about import About
 from dask_bridges.devices.members import Wanted
 from dask_bridges.errors import BridgeError, MemberLost, WorkerLeft
 from dask_bridges.events import Event, Progress
@@ -73,6 +75,7 @@ class Supervised:
     _ranks: list[str] = field(default_factory=list)  # their addresses
     _placement: resuming.Placement = ()
     _gang: Gang | None = None
+    _id: str = field(default_factory=lambda: uuid.uuid4().hex[:12])
     _devices: Mapping[str, Wanted] = field(default_factory=dict)  # by the workers' addresses, where GPUs train
 
     def __post_init__(self) -> None:
@@ -150,6 +153,7 @@ class Supervised:
             payloads=self._specs(state),
             workers=self._ranks,
             collateral=is_collective_error,
+            about=self._about(),
             **self.options,
         )
         self._gang = gang = Gang(self.client, plan, number)
@@ -277,6 +281,14 @@ class Supervised:
             "checkpoint_every": self.loop.segment,
             "xgb_model": None if model is None else zlib.crc32(model),
         }
+
+    def _about(self) -> About:
+        """What a report tells of it."""
+        matrices = {"train": self.matrix, **{name: matrix for matrix, name in self.evals if matrix is not self.matrix}}
+        sets = {name: matrix.parts.lying(self._ranks) for name, matrix in matrices.items()}
+        loop = self.loop
+        rounds = {"num_boost_round": loop.num_boost_round, "early_stopping_rounds": loop.early_stopping_rounds}
+        return About(self._id, {**loop.params, **rounds, "checkpoint_every": loop.segment}, ("xgboost",), sets)
 
     def _specs(self, state: State | None) -> list[TrainSpec]:
         categories = self._categories()

@@ -15,6 +15,7 @@ from dask_bridges import clients, config, placement
 from dask_bridges.checkpoints import Checkpoints
 from dask_bridges.errors import DataError
 from dask_bridges.ports import port_range
+from dask_bridges.reporting import asked, reported
 from dask_bridges.ui.progress import ProgressBar, wants_bar
 from dask_xgboost import checks, resuming
 from dask_xgboost.dmatrix import DMatrix, MatrixOptions, _label
@@ -62,6 +63,7 @@ def train(
     exclusive: bool = True,
     timeout: float | str | None = None,
     allow_plaintext: bool | None = None,
+    report: str | Path | None = None,
     tracker_host: str | None = None,
     tracker_port: int | str | tuple[int, int] | None = None,
 ) -> Any:
@@ -133,6 +135,8 @@ def train(
         Longest wait for workers, for the turn, and for GPUs (``dask-bridges.timeout``).
     allow_plaintext : bool, optional
         On a ``tls://`` cluster, consent to XGBoost's own traffic being plain TCP.
+    report : str or Path, optional
+        Where to write a page of who did what when, at the end, see `dask_bridges.report`.
     tracker_host, tracker_port : optional
         Where XGBoost's tracker listens, on the worker of rank 0: an address, and a
         port or range ``"9000:9010"`` (``dask-bridges.xgboost.tracker-host`` and
@@ -170,6 +174,7 @@ def train(
     >>> client.close()
     """
     client = clients.current(client)
+    recorder = asked(report)
     settings = dict(params)
     if isinstance(params, Sequence) and len(settings) < len(params):
         settings["eval_metric"] = [value for name, value in params if name == "eval_metric"]
@@ -200,6 +205,8 @@ def train(
     listeners: list[Any] = [RoundPrinter(verbose_eval)] if verbose_eval else []
     if wants_bar(progress):
         listeners.append(ProgressBar("XGBoost"))
+    if recorder is not None:
+        listeners.append(recorder)
     training = Supervised(
         client=client,
         loop=loop,
@@ -212,7 +219,7 @@ def train(
         listeners=listeners,
     )
     training.prepare()
-    return clients.call(client, training.run, evals_result)
+    return clients.call(client, reported, recorder, training.run, evals_result)
 
 
 def _unkept(params: Mapping[str, Any]) -> str | None:

@@ -22,7 +22,7 @@ from dask_bridges.devices import Device, Holder, leases_here
 from dask_bridges.events import Event, Log
 from dask_bridges.jobs import job as in_child
 from dask_bridges.jobs.calls import Inputs
-from dask_bridges.jobs.events import JobLog, Offered
+from dask_bridges.jobs.events import JobLog, Offered, Ran
 from dask_bridges.jobs.job import FOLDER, Work
 from dask_bridges.jobs.results import opened
 from dask_bridges.processes import Child, Environment
@@ -104,6 +104,7 @@ class _JobMember(WorkerMember):
         super().__init__(dataclasses.replace(spec, label="job", name=key, deadlines=deadlines), host.member.worker)
         self.key = key
         self.cancelled = False
+        self.processes = host.member.processes
 
     def emit(self, kind: type[Event], /, **fields: Any) -> None:
         if kind is Log:
@@ -150,6 +151,7 @@ class _Host:
                 with (
                     leases_here().lease(self.hosting.devices, spec.gpus, holder, member.check) as lease,
                     self._counted(lease.devices),
+                    _told(member, lease.devices),
                     self._work(spec, inputs, lease) as work,
                     Child(
                         member,
@@ -261,6 +263,21 @@ class _Host:
                 busy = its.busy + (time.time() - row["since"] if mine else 0.0)
                 row |= {"worker": self.member.worker.address, "jobs": its.jobs, "utilisation": min(busy / lasted, 1.0)}
         return rows
+
+
+@contextlib.contextmanager
+def _told(member: _JobMember, devices: Sequence[Device]) -> Iterator[None]:
+    """Tell how long a job has had its devices, where somebody wants to know."""
+    start, error = time.perf_counter(), ""
+    try:
+        yield
+    except BaseException as failure:
+        error = f"{type(failure).__name__}: {failure}"[:500]
+        raise
+    finally:
+        if member.spec.detail:
+            seconds, names = time.perf_counter() - start, [device.name for device in devices]
+            member.emit(Ran, key=member.key, devices=names, seconds=seconds, error=error)
 
 
 class _Spares:

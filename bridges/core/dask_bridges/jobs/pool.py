@@ -11,6 +11,7 @@ import sys
 import uuid
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any
 
@@ -19,9 +20,10 @@ from dask.utils import funcname, parse_bytes
 from distributed import Client, Future
 
 from dask_bridges import clients, config, placement, turns
+from dask_bridges.about import About, card
 from dask_bridges.devices.finding import Group, find_groups
 from dask_bridges.errors import BridgeError, GangTimeout, PlacementError
-from dask_bridges.events import Event, EventStream, Finished, Listener, Started
+from dask_bridges.events import Ended, Event, EventStream, Finished, Listener, Memory, Planned, Started
 from dask_bridges.gang import Gang, GangPlan
 from dask_bridges.jobs import hosting
 from dask_bridges.jobs.calls import pack
@@ -30,6 +32,7 @@ from dask_bridges.jobs.hosting import Hosting, JobSpec, host_devices, resource_o
 from dask_bridges.jobs.status import PoolStatus
 from dask_bridges.plugins import installed
 from dask_bridges.processes import Environment
+from dask_bridges.reporting import asked, written
 from dask_bridges.shipping import sealed_task
 
 __all__ = ["DevicePool"]
@@ -69,6 +72,8 @@ class DevicePool:
         imported. By default the frameworks that this process has imported, and the workers have in the same versions.
     timeout : float or str, optional
         Longest wait for workers (``dask-bridges.timeout``).
+    report : str or Path, optional
+        Where to write a page of which job had which device when, as the pool is closed, see `dask_bridges.report`.
 
     Attributes
     ----------
@@ -110,10 +115,13 @@ class DevicePool:
         workers: str | Iterable[str] | None = None,
         preload: Sequence[str] | None = None,
         timeout: float | str | None = None,
+        report: str | Path | None = None,
     ) -> None:
         if sys.platform == "win32":
             raise NotImplementedError("jobs need Dask workers on Linux, and a client that is no Windows")
         self.client = clients.current(client)
+        self._recorder = asked(report)
+        self._failure: BaseException | None = None  # with which the caller leaves it
         self.id = uuid.uuid4().hex[:12]
         self.events = EventStream(self.id, KEPT)
         self._named = devices
@@ -139,7 +147,8 @@ class DevicePool:
         try:
             await self._look(first=True)
             await self._until_offered()
-        except BaseException:
+        except BaseException as error:
+            self._failure = error
             await asyncio.shield(self._close())
             raise
         self._watching = asyncio.ensure_future(self._watch())
@@ -224,11 +233,13 @@ class DevicePool:
         if unfinished and self.client.status == "running":
             await self._cancel(unfinished)
         await asyncio.gather(*(host.close() for host in self._hosts.values()), return_exceptions=True)
+        await written(self._recorder, self._failure)
 
     def __enter__(self) -> DevicePool:
         return self
 
-    def __exit__(self, *exc_info: object) -> None:
+    def __exit__(self, kind: Any, failure: BaseException | None, traceback: Any) -> None:
+        self._failure = failure
         self.close()
 
     def __await__(self) -> Any:
@@ -237,7 +248,8 @@ class DevicePool:
     async def __aenter__(self) -> DevicePool:
         return await self._open()
 
-    async def __aexit__(self, *exc_info: object) -> None:
+    async def __aexit__(self, kind: Any, failure: BaseException | None, traceback: Any) -> None:
+        self._failure = failure
         await self._close()
 
     # Jobs
@@ -403,6 +415,16 @@ class DevicePool:
         devices = sum(len(host.group.devices) for host in self._hosts.values())
         return f"<DevicePool {self.id}: {devices} devices on {len(self._hosts)} hosts, {self._state}>"
 
+    def _repr_html_(self) -> str:
+        unfinished = sum(not future.done() for future in list(self._futures))
+        rows = [
+            (device.name, host.group.name, host.worker or "not offered now")
+            for host in self._hosts.values()
+            for device in host.group.devices
+        ]
+        caption = f"DevicePool {self.id}: {self._state}, {unfinished} jobs unfinished"
+        return card(caption, ["device", "of", "offered by"], rows)
+
 
 def _bytes(memory: int | str | None) -> int:
     """A limit in bytes; 0 for none."""
@@ -460,9 +482,13 @@ class _HostOf:
                 list(group.workers),
                 exclusive=False,
                 timeout=self.pool._timeout,
+                names=[group.name],
+                about=About(self.pool.id, {"preload": self.pool._setup.modules}, self.pool._setup.modules),
             )
             self._gang = Gang(self.pool.client, plan)
             self._gang.events.listen(self._notice)
+            if self.pool._recorder is not None:
+                self._gang.events.listen(self.pool._recorder)
             try:
                 await self._gang.run()
             except (BridgeError, OSError) as error:
@@ -478,7 +504,7 @@ class _HostOf:
         if isinstance(event, Offered):
             self.worker, self.failed = event.worker, None
             self.pool._tell_change()
-        elif not isinstance(event, Started | Finished):
+        elif not isinstance(event, Started | Finished | Memory | Planned | Ended):
             self.pool.events.publish(dataclasses.replace(event, gang=self.pool.id, attempt=1))
 
     async def close(self) -> None:
