@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -42,7 +42,7 @@ MOST = 4000
 FINEST, PIECES = 1500, 30_000
 #: Most series of a chart: a search of thousands of jobs has as many curves.
 SERIES = 60
-#: What is left of a span between others in it, and is shorter than this, is nothing to look at.
+#: What is left of a span between others in it, and is shorter than this, is no piece of its own.
 SLIVER = 0.002
 
 
@@ -122,6 +122,14 @@ class Row:
     memory: list[tuple[float, int]] = field(default_factory=list)
     limit: int = 0
 
+    @classmethod
+    def from_plain(cls, plain: Mapping[str, Any]) -> Row:
+        """Undo `dataclasses.asdict`."""
+        pieces = [Piece(**piece) for piece in plain["pieces"]]
+        marks = [Mark(**mark) for mark in plain["marks"]]
+        tuples = {name: [tuple(each) for each in plain[name]] for name in ("fed", "memory")}
+        return cls(**{**plain, "pieces": pieces, "marks": marks, **tuples})
+
     def add(self, piece: Piece) -> None:
         """Add what was told last. What is inside it was told before it, and is what that time went into."""
         tail: list[Piece] = []
@@ -168,19 +176,27 @@ class Row:
         return found
 
 
-def _merged(piece: Piece, inside: list[Piece]) -> Iterator[Piece]:
-    """Pieces that were told before, and what is left of one around them."""
+def _merged(piece: Piece, inside: list[Piece]) -> list[Piece]:
+    """Pieces that were told before, and what is left of one around them; slivers of it go to their neighbours."""
     if not inside:
-        yield piece
-        return
+        return [piece]
+    found: list[Piece] = []
     at = piece.start
     for other in inside:
         if other.start - at > SLIVER:
-            yield piece.cut(at, other.start)
-        yield other
+            found.append(piece.cut(at, other.start))
+        elif other.start > at and found:
+            found[-1] = found[-1].and_next(piece.cut(at, other.start))
+        elif other.start > at:
+            sliver = piece.cut(at, other.start)
+            other = dataclasses.replace(sliver.and_next(other), attempt=other.attempt, text=other.text)
+        found.append(other)
         at = max(at, other.end)
     if piece.end - at > SLIVER:
-        yield piece.cut(at, piece.end)
+        found.append(piece.cut(at, piece.end))
+    elif piece.end > at:
+        found[-1] = found[-1].and_next(piece.cut(at, piece.end))
+    return found
 
 
 @dataclass
@@ -278,15 +294,10 @@ class Story:
         """Undo `plain`."""
         runs = []
         for told in plain["runs"]:
-            rows = {
-                key: Row(**{
-                    **row,
-                    "pieces": [Piece(**piece) for piece in row["pieces"]],
-                    "marks": [Mark(**mark) for mark in row["marks"]],
-                })
-                for key, row in told["rows"].items()
-            }  # fmt: skip
-            runs.append(Run(**{**told, "rows": rows, "attempts": [Attempt(**each) for each in told["attempts"]]}))
+            rows = {name: Row.from_plain(row) for name, row in told["rows"].items()}
+            curves = {name: [(step, value) for step, value in curve] for name, curve in told["curves"].items()}
+            attempts = [Attempt(**each) for each in told["attempts"]]
+            runs.append(Run(**{**told, "rows": rows, "curves": curves, "attempts": attempts}))
         return cls(plain["began"], plain["ended"], plain["error"], runs)
 
     def plain(self) -> dict[str, Any]:
