@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from distributed import Client, LocalCluster
 from tests.core.jobs_at_work import add
 
 import dask_bridges
-from dask_bridges import MemberFailed, PlacementError, events
+from dask_bridges import BridgeError, MemberFailed, PlacementError, events
 from dask_bridges.events import Event, Memory, Planned, Spent
 from dask_bridges.gang import Gang, GangPlan
 from dask_bridges.jobs import DevicePool
@@ -131,6 +132,12 @@ def test_a_path_that_cannot_be_written_is_refused_before_anything_starts(
 def test_a_write_protected_page_is_refused(page: Path) -> None:
     page.touch(mode=0o444)
     with pytest.raises(ValueError, match="write-protected"):
+        dask_bridges.report(page)
+
+
+def test_without_bokeh_the_extra_is_named(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "bokeh", None)
+    with pytest.raises(BridgeError, match=r'needs Bokeh: pip install "dask-bridges\[report\]"'):
         dask_bridges.report(page)
 
 

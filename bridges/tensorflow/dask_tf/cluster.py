@@ -148,7 +148,8 @@ async def _start(client: Client, start: Start, recorder: Recorder | None) -> Ten
     cluster._asked = len(tasks) if start.counts.get("chief") else len([t for t in tasks if t.role != "chief"])
     try:
         await cluster._until_up()
-    except BaseException:
+    except BaseException as error:
+        cluster._failure = error
         await asyncio.shield(cluster._close())
         raise
     return cluster

@@ -41,11 +41,6 @@ class Recorder:
     path : str or Path
         Of the page.
 
-    Attributes
-    ----------
-    path : Path
-    story : Story
-
     Raises
     ------
     ValueError
