@@ -49,7 +49,7 @@ def page(plain: Mapping[str, Any], data: str) -> str:
     plain : mapping
         A story, by `Story.plain`.
     data : str
-        An element that holds it, for `report.read`.
+        An element that holds it, for `reporting.read`.
     """
     from bokeh.embed import components
     from bokeh.resources import Resources
@@ -104,13 +104,16 @@ def _tiles(story: Story, shares: Shares) -> str:
     fed = sum(row.rows for row in rows)
     peak = max((held for row in rows for _, held in row.memory), default=0)
     restarts = sum(len({attempt.number for attempt in run.attempts}) - 1 for run in story.runs)
+    done: dict[str, int] = {}
+    for unit, count in (each for run in story.runs for each in run.done.items()):
+        done[_PLURALS.get(unit, unit)] = done.get(_PLURALS.get(unit, unit), 0) + count
     tiles = {
         "in all": f"{story.ended - story.began:.1f} s",
         "of the time nobody computed": f"{shares.nobody:.0%}",
         "members": str(len(rows)),
         "runs": str(len(story.runs)),
         "restarts": str(restarts),
-        **{_PLURALS.get(unit, unit): f"{done:,}" for run in story.runs for unit, done in run.done.items()},
+        **{units: f"{count:,}" for units, count in done.items()},
     }
     if fed:
         tiles["rows fed"] = f"{fed:,}"
