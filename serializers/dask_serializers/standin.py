@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any, NoReturn
 
+from dask_serializers.pages import see
+
 __all__ = ["CannotMove", "StandIn"]
 
 
@@ -13,6 +15,10 @@ class CannotMove(TypeError):  # noqa: N818 - what a user reads in a traceback
     The message names the object, the cause and the remedy. It is raised by the result's first use on a worker, and
     by ``Future.result`` and ``Client.gather`` on a client.
     """
+
+    def __init__(self, *args: object) -> None:
+        super().__init__(*args)
+        self.add_note(see(type(self)))
 
 
 class StandIn:

@@ -12,6 +12,7 @@ from contextlib import asynccontextmanager
 from dataclasses import asdict
 from typing import Any
 
+import dask
 import pytest
 from distributed import Client, LocalCluster, Scheduler
 from distributed.protocol.pickle import dumps
@@ -510,17 +511,15 @@ def test_the_events_of_many_ended_gangs_do_not_fill_the_scheduler(play: Play) ->
 
 
 def test_a_scheduler_that_takes_no_plugins_is_a_placement_error() -> None:
-    def refuse(**request: Any) -> None:  # as schedulers do that are told to unpickle nothing
-        raise ValueError("distributed.scheduler.pickle is false")
-
     async def scenario() -> None:
-        async with (
-            LocalCluster(n_workers=0, processes=False, asynchronous=True, dashboard_address=":0") as cluster,
-            Client(cluster, asynchronous=True) as client,
-        ):
-            cluster.scheduler.handlers["register_scheduler_plugin"] = refuse
-            with pytest.raises(PlacementError, match=r"refused the plugin .* distributed\.scheduler\.pickle: true"):
-                await turns.register(client)
+        blocked = {"distributed.scheduler.blocked-handlers": ["register_scheduler_plugin"]}
+        with dask.config.set(blocked):
+            async with (
+                LocalCluster(n_workers=0, processes=False, asynchronous=True, dashboard_address=":0") as cluster,
+                Client(cluster, asynchronous=True) as client,
+            ):
+                with pytest.raises(PlacementError, match=r"refused the plugin .* distributed\.scheduler\.blocked-hand"):
+                    await turns.register(client)
 
     asyncio.run(scenario())
 

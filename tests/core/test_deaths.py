@@ -339,7 +339,7 @@ def test_a_stuck_member_whose_peers_fail_has_its_worker_restarted(doomed: Client
         os.kill(processes[workers[0]], signal.SIGKILL)
         with pytest.raises(MemberLost, match="member 0 was lost") as caught:
             gang.result(30)
-        [note] = caught.value.__notes__
+        _, note = caught.value.__notes__  # after where the class is explained
         assert note == f"member 1 of gang on {workers[1]} had not ended after 2 s, so its worker was restarted"
     wait_until_gone(processes[workers[1]])
     doomed.wait_for_workers(3, timeout=30)

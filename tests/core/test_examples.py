@@ -4,6 +4,8 @@ import doctest
 import importlib
 import pkgutil
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -66,8 +68,29 @@ def test_the_readmes_example_trains(client: Client, tmp_path: Path, monkeypatch:
     assert ((names["late"].compute() > 0.5) == (names["df"]["late"].compute() == 1)).all()
 
 
-def test_the_bridge_in_the_docs_sums(client: Client) -> None:
-    names: dict[str, Any] = {"__name__": "__main__"}
-    exec(_block("docs/gangs.md", "def member(member, keys)"), names)
-    X = da.arange(100, chunks=7).reshape(-1, 1)
-    assert names["total"](client, X) == 4950
+def test_the_metrics_in_the_docs_are_of_all_rows(client: Client) -> None:
+    names: dict[str, Any] = {"__name__": "__main__", "dask_xgboost": dask_xgboost, "np": np, "client": client}
+    exec(_block("docs/xgboost.md", "def precision("), names)
+    X = da.random.default_rng(0).integers(0, 9, (200, 2), chunks=(50, 2)).persist()
+    y = (X[:, 0] > X[:, 1]).astype("float32").persist()
+    names.update(X=X, y=y, X_valid=X, y_valid=y, params={"objective": "binary:logistic", "eval_metric": "auc"})
+    for metric in ("precision", "median_error"):
+        history: dict[str, Any] = {}
+        dask_xgboost.train(
+            client, names["params"], X, y, num_boost_round=3, evals=[(X, "e")], evals_result=history,
+            custom_metric=names[metric],
+        )  # fmt: skip
+        assert history["e"][metric.removesuffix("_error")][-1] == pytest.approx(float(metric == "precision"), abs=0.35)
+    exec(_block("docs/xgboost.md", "def listen("), names)
+    assert len(names["curve"]) == 10
+
+
+@pytest.mark.cluster
+def test_the_first_training_of_the_docs_runs_as_a_script(tmp_path: Path) -> None:
+    script = tmp_path / "first.py"
+    script.write_text(_block("docs/start.md", "dask_xgboost.train"))
+    ran = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=120)
+    assert ran.returncode == 0, ran.stderr
+    said = re.search(r"log-loss (0\.\d+), (\d+\.\d)% wrong", ran.stdout)
+    assert said, ran.stdout
+    assert float(said[2]) < 5

@@ -156,6 +156,16 @@ def test_negative_weights_are_refused(bridges_client: Client) -> None:
     refused(bridges_client, "partition 0 of X: weight goes down to -1", df, weight="weight")
 
 
+@pytest.mark.parametrize("field", ["weight", "qid", "label_lower_bound", "label_upper_bound"])
+@pytest.mark.parametrize("kind", ["array", "frame"])
+def test_a_table_where_each_row_has_one_value_is_refused(bridges_client: Client, field: str, kind: str) -> None:
+    X, y, table = da.ones((20, 3), chunks=10), da.ones(20, chunks=10), da.ones((20, 2), chunks=10)
+    if kind == "frame":
+        X, y, table = dd.from_dask_array(X, columns=list("abc")), dd.from_dask_array(y), dd.from_dask_array(table)
+    with pytest.raises(DataError, match=f"{field} has 2 columns; one value a row is wanted"):
+        dask_xgboost.train(bridges_client, {}, X, y, **{field: table})
+
+
 def test_data_without_rows_is_refused(bridges_client: Client) -> None:
     frame = small()[:0]
     refused(bridges_client, "X has no rows in any of its 2 partitions", in_partitions(frame, frame))
@@ -384,14 +394,6 @@ def test_categoricals_are_refused_where_they_are_not_wanted(bridges_client: Clie
 
 
 # Partitions
-
-
-def test_query_groups_cut_between_partitions_are_refused(bridges_client: Client) -> None:
-    df = dd.from_pandas(small(qid=np.arange(N) // 7), npartitions=3)
-    refused(
-        bridges_client, r"query group \d+ of X lies in partitions 0 and 1, and 2 groups", df,
-        params={"objective": "rank:ndcg"}, qid="qid",
-    )  # fmt: skip
 
 
 def test_a_partition_with_other_columns_is_named(bridges_client: Client) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import dask
 import dask.array as da
+import dask.dataframe as dd
 import numpy as np
 import pytest
 import xgboost as xgb
@@ -16,6 +17,7 @@ from sklearn.metrics import roc_auc_score
 from xgboost import collective
 
 import dask_xgboost
+from dask_bridges import MemberFailed
 from dask_xgboost import metrics
 
 cluster = pytest.mark.cluster
@@ -155,6 +157,137 @@ def test_a_metric_of_the_user_is_not_asked_where_there_are_no_rows(bridges_clien
     X, y, _ = skewed()
     ours, _ = histories(bridges_client, PARAMS, X, y, held_out=True, custom_metric=metric)
     assert ours["least"] == [1.0] * 5
+
+
+# Custom metrics of all rows
+
+
+def precision(predictions: Any, matrix: xgb.DMatrix) -> tuple[str, Any]:
+    """A quotient of sums, which no average of quotients gives; on one machine XGBoost wants the value."""
+    found = predictions > 0.15
+    right = float((matrix.get_label() * found).sum())
+    return "precision", (right, float(found.sum()))
+
+
+def median_error(predictions: Any, rows: Any) -> tuple[str, float]:
+    if predictions.ndim == 2:
+        predictions = predictions @ np.arange(predictions.shape[1])
+    error = np.abs(predictions - rows.get_label())
+    weight = rows.get_weight() if rows.get_weight().size else np.ones(rows.num_row())
+    order = np.argsort(error, kind="stable")
+    half = np.searchsorted(np.cumsum(weight[order]), weight.sum() / 2)
+    return "median", float(error[order][half])
+
+
+def oracle_of(metric: Any) -> Any:
+    return metrics.on_one_machine(metric)
+
+
+@cluster
+@pytest.mark.parametrize("workers", [1, 3])
+@pytest.mark.parametrize("metric", [precision, median_error])
+def test_a_metric_of_all_rows_is_that_of_one_process(bridges_client: Client, metric: Any, workers: int) -> None:
+    X, y, weight = skewed()
+    chosen = sorted(bridges_client.scheduler_info(n_workers=-1)["workers"])[:workers]
+    ours: dict[str, Any] = {}
+    dX, dy, dw = (da.from_array(values, chunks=(30, *values.shape[1:])) for values in (X, y, weight))
+    given = dask_xgboost.gathered(metric) if metric is median_error else metric
+    booster = dask_xgboost.train(
+        bridges_client, PARAMS, dX, dy, weight=dw, num_boost_round=30, evals=[(dX, "e")], evals_result=ours,
+        custom_metric=given, early_stopping_rounds=2, maximize=metric is precision, workers=chosen,
+    )  # fmt: skip
+    theirs: dict[str, Any] = {}
+    matrix = xgb.QuantileDMatrix(X, y, weight=weight)
+    oracle = xgb.train(
+        PARAMS, matrix, 30, evals=[(matrix, "e")], evals_result=theirs, verbose_eval=False,
+        custom_metric=oracle_of(metric), early_stopping_rounds=2, maximize=metric is precision,
+    )  # fmt: skip
+    assert_equal(ours["e"], theirs["e"])
+    assert len(ours["e"]["logloss"]) == oracle.best_iteration + 3 == booster.best_iteration + 3 < 30
+
+
+@cluster
+def test_a_gathered_metric_sees_classes_margins_and_rows_of_one_worker_alone(bridges_client: Client) -> None:
+    X, y, _ = skewed(3)
+    params = {"objective": "multi:softprob", "num_class": 3, "max_depth": 2, "eval_metric": ["mlogloss", "auc"]}
+    ours, theirs = histories(
+        bridges_client, params, X, y, held_out=True, custom_metric=dask_xgboost.gathered(median_error)
+    )  # fmt: skip
+    np.testing.assert_allclose(ours["median"], theirs["median"], atol=1e-5)
+
+
+@cluster
+def test_a_gathered_metric_sees_whole_query_groups(bridges_client: Client, rows: Any) -> None:
+    @dask_xgboost.gathered
+    def sizes(predictions: Any, seen: Any) -> list[tuple[str, float]]:
+        assert seen.get_group().sum() == seen.num_row() == len(predictions) == seen.get_uint_info("group_ptr")[-1]
+        return [("groups", float(len(seen.get_group()))), ("weight", float(seen.get_weight().sum()))]
+
+    frame = rows.frame("rank:ndcg").assign(weight=np.where(rows.qid % 2, 0.5, 1.5))
+    df = dd.from_pandas(frame, npartitions=6)
+    history: dict[str, Any] = {}
+    with pytest.warns(UserWarning, match="with weights on 3 workers"):
+        dask_xgboost.train(
+            bridges_client, {"objective": "rank:ndcg"}, df, "label", qid="qid", weight="weight", num_boost_round=1,
+            evals=[(df, "e")], evals_result=history, custom_metric=sizes,
+        )  # fmt: skip
+    assert (history["e"]["groups"], history["e"]["weight"]) == ([30.0], [30.0])
+
+
+def share(y_true: Any, y_pred: Any) -> tuple[float, float]:
+    return float((y_true * y_pred).sum()), float(y_pred.sum())
+
+
+@dask_xgboost.gathered
+def median(y_true: Any, y_pred: Any) -> float:
+    return float(np.median(np.abs(y_true - y_pred)))
+
+
+def own(metric: Any) -> Any:
+    """What XGBoost's own estimators are given for it."""
+    if isinstance(metric, list):
+        return [own(one) for one in metric]
+    if metric is not share:
+        return metric
+
+    def value(y_true: Any, y_pred: Any) -> float:
+        return float(np.divide(*share(y_true, y_pred)))
+
+    value.__name__ = "share"
+    return value
+
+
+METRICS = [share, median, ["logloss", median]]
+
+
+@cluster
+@pytest.mark.parametrize("metric", METRICS)
+def test_metrics_of_estimators_are_of_all_rows(bridges_client: Client, metric: Any) -> None:
+    X, y, _ = skewed()
+    lazy = da.from_array(X, chunks=(90, 4)), da.from_array(y, chunks=90)
+    model = dask_xgboost.XGBClassifier(n_estimators=4, max_depth=2, eval_metric=metric)
+    oracle = xgb.XGBClassifier(n_estimators=4, max_depth=2, eval_metric=own(metric))
+    model.fit(*lazy, eval_set=[lazy], verbose=False)
+    oracle.fit(X, y, eval_set=[(X, y)], verbose=False)
+    assert_equal(model.evals_result()["validation_0"], oracle.evals_result()["validation_0"])
+    assert model.get_params()["eval_metric"] is metric
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_metrics_of_all_rows_are_no_other_without_a_cluster(metric: Any) -> None:
+    X, y, _ = skewed()
+    models = [
+        make(n_estimators=4, max_depth=2, eval_metric=given).fit(X, y, eval_set=[(X, y)], verbose=False)
+        for make, given in ((dask_xgboost.XGBClassifier, metric), (xgb.XGBClassifier, own(metric)))
+    ]
+    assert_equal(*(model.evals_result()["validation_0"] for model in models))
+
+
+@cluster
+def test_what_is_no_value_of_a_metric_is_named(bridges_client: Client) -> None:
+    X, y, _ = skewed()
+    with pytest.raises(MemberFailed, match="each value is a number, or a pair of numerator and denominator"):
+        histories(bridges_client, PARAMS, X, y, custom_metric=lambda p, m: ("three", (1.0, 2.0, 3.0)))
 
 
 # The areas themselves

@@ -331,7 +331,7 @@ def test_a_bug_that_kills_at_the_same_round_is_told_after_two_more_attempts(clie
     with pytest.raises(MemberLost, match=r"member 1 was lost .*killed by signal 9") as caught:
         Runs(client).train(SAMPLED, diary, max_restarts=10)
     assert diary.attempts == 3
-    assert caught.value.__notes__ == [f"The last 2 attempts, of 3, came no further than round {EVERY + 2}."]
+    assert caught.value.__notes__[1:] == [f"The last 2 attempts, of 3, came no further than round {EVERY + 2}."]
     assert leftovers(client) == {}
 
 
@@ -341,7 +341,7 @@ def test_it_is_started_again_no_more_often_than_allowed(client: Client, tmp_path
     with pytest.raises(MemberLost, match="member 1 was lost") as caught:
         Runs(client).train(SAMPLED, diary, max_restarts=1)
     assert diary.attempts == 2
-    assert caught.value.__notes__ == ["It was started again as often as max_restarts=1 allows."]
+    assert caught.value.__notes__[1:] == ["It was started again as often as max_restarts=1 allows."]
 
 
 @pytest.mark.slow

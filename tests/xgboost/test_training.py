@@ -96,44 +96,6 @@ def test_the_model_is_that_of_one_machine_wherever_the_rows_lie(
     check()
 
 
-@pytest.mark.parametrize("objective", ["rank:ndcg", "rank:pairwise", "rank:map"])
-def test_a_ranking_of_whole_groups_is_that_of_one_machine(bridges_client: Client, rows: Any, objective: str) -> None:
-    params, label = params_of(objective), rows.labels["rank:ndcg"]
-    label = (label > 1).astype("float32") if objective == "rank:map" else label
-    oracle = alone(params, rows.X, label, qid=rows.qid)
-    groups = int(rows.qid[-1]) + 1
-
-    @few_layouts
-    @given(layouts(groups, len(rows.X) // groups))
-    def check(layout: Any) -> None:
-        X, y, qid = placed(bridges_client, *layout, rows.X, label, rows.qid)
-        assert_same(dask_xgboost.train(bridges_client, params, X, y, qid=qid, num_boost_round=4), oracle, rows.X)
-
-    check()
-
-
-def test_weighted_groups_warn_that_each_worker_scales_weights_by_its_own_mean(
-    bridges_client: Client, rows: Any
-) -> None:
-    fields = {"qid": rows.qid, "weight": np.where(rows.qid % 2, 0.5, 1.5)}
-    with pytest.warns(UserWarning, match=r"rank:ndcg with weights on 3 workers: .* mean"):
-        booster = dask_xgboost.train(
-            bridges_client, params_of("rank:ndcg"), blocks(rows.X), blocks(rows.labels["rank:ndcg"]),
-            **{name: blocks(values) for name, values in fields.items()}, num_boost_round=4,
-        )  # fmt: skip
-    assert booster.num_boosted_rounds() == 4
-
-
-def test_query_ids_may_be_a_column_and_unsorted_within_a_partition(bridges_client: Client, rows: Any) -> None:
-    frame = rows.frame("rank:ndcg").drop(columns="weight")
-    shuffled = pd.concat([part.sample(frac=1, random_state=0) for _, part in frame.groupby(frame.qid // 5)])
-    df = dd.from_map(lambda i: shuffled[shuffled.qid // 5 == i], range(6), meta=frame[:0])
-    booster = dask_xgboost.train(bridges_client, params_of("rank:ndcg"), df, "label", qid="qid", num_boost_round=4)
-    ordered = shuffled.sort_values("qid", kind="stable")
-    features = ordered.drop(columns=["label", "qid"])
-    assert_same(booster, alone(params_of("rank:ndcg"), features, ordered.label, qid=ordered.qid), features)
-
-
 @pytest.mark.parametrize("kind", ["array", "frame", "column", "keyword"])
 def test_labels_are_a_collection_or_a_column(bridges_client: Client, rows: Any, kind: str) -> None:
     frame = rows.frame()[["f0", "f1", "f2", "label"]]
@@ -206,6 +168,13 @@ def test_gives_the_model_of_one_machine_with(bridges_client: Client, rows: Any, 
     booster = dask_xgboost.train(bridges_client, params, blocks(rows.X), **lazy, num_boost_round=4)
     given = {key: fields[key] for key in ("feature_names", "feature_types", "missing") if key in fields}
     assert_same(booster, oracle, rows.X, **given)
+
+
+def test_parameters_that_are_none_are_left_out_as_xgboost_does(bridges_client: Client, rows: Any) -> None:
+    label = rows.labels["binary:logistic"]
+    params = {**LOGISTIC, "max_bin": None, "nthread": None, "eval_metric": None, "num_class": None}
+    booster = dask_xgboost.train(bridges_client, params, blocks(rows.X), blocks(label), num_boost_round=4)
+    assert_same(booster, alone(params, rows.X, label), rows.X)
 
 
 def test_max_bin_may_be_a_keyword(bridges_client: Client, rows: Any) -> None:
@@ -377,9 +346,12 @@ def test_the_best_model_may_be_kept_by_a_callback(bridges_client: Client, rows: 
     assert stop.best_scores["valid"]["logloss"]
 
 
-@pytest.mark.parametrize(("name", "wanted"), [(None, "1"), ("nthread", "2"), ("n_jobs", "2")])
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [({}, "1"), ({"nthread": 2}, "2"), ({"n_jobs": 2}, "2"), ({"n_jobs": -1}, "1"), ({"nthread": 0}, "1")],
+)
 def test_each_worker_uses_its_threads_unless_told_otherwise(
-    bridges_client: Client, rows: Any, name: str | None, wanted: str
+    bridges_client: Client, rows: Any, given: Any, wanted: str
 ) -> None:
     class Threads(xgb.callback.TrainingCallback):
         def after_training(self, model: Any) -> Any:
@@ -389,9 +361,12 @@ def test_each_worker_uses_its_threads_unless_told_otherwise(
             return model
 
     threads = Threads()
-    params = LOGISTIC if name is None else {**LOGISTIC, name: 2}
     dask_xgboost.train(
-        bridges_client, params, blocks(rows.X), blocks(rows.labels["binary:logistic"]), callbacks=[threads]
+        bridges_client,
+        {**LOGISTIC, **given},
+        blocks(rows.X),
+        blocks(rows.labels["binary:logistic"]),
+        callbacks=[threads],
     )
     assert threads.found == wanted
 

@@ -11,7 +11,6 @@ from distributed import Client, LocalCluster
 
 import dask_xgboost
 from dask_bridges.events import Event, Log, Metrics, Progress, Span
-from dask_xgboost import training
 
 pytestmark = pytest.mark.cluster
 
@@ -23,21 +22,10 @@ def _data() -> tuple[Any, Any]:
     return da.from_array(X, chunks=(100, 3)), da.from_array(X[:, 0], chunks=100)
 
 
-@pytest.fixture
-def seen(monkeypatch: pytest.MonkeyPatch) -> list[Event]:
-    """The events of the next training, by a listener in the place of the progress bar."""
-    events: list[Event] = []
-
-    def listener(label: str) -> Any:
-        return events.append
-
-    monkeypatch.setattr(training, "ProgressBar", listener)
-    return events
-
-
-def test_every_rank_tells_where_its_time_goes(bridges_client: Client, seen: list[Event]) -> None:
+def test_every_rank_tells_where_its_time_goes(bridges_client: Client) -> None:
     X, y = _data()
-    dask_xgboost.train(bridges_client, PARAMS, X, y, num_boost_round=4, evals=[(X, "train")], progress=True)
+    seen: list[Event] = []
+    dask_xgboost.train(bridges_client, PARAMS, X, y, num_boost_round=4, evals=[(X, "train")], listen=seen.append)
     spans = {(event.rank, event.kind) for event in seen if isinstance(event, Span)}
     for rank in range(3):
         assert {(rank, kind) for kind in ("receive", "build", "compute", "communicate")} <= spans
@@ -47,9 +35,10 @@ def test_every_rank_tells_where_its_time_goes(bridges_client: Client, seen: list
     assert [sorted(event.values) for event in seen if isinstance(event, Metrics)] == [["train-rmse"]] * 4
 
 
-def test_what_xgboost_prints_on_a_worker_comes_as_log_lines(bridges_client: Client, seen: list[Event]) -> None:
+def test_what_xgboost_prints_on_a_worker_comes_as_log_lines(bridges_client: Client) -> None:
     X, y = _data()
-    dask_xgboost.train(bridges_client, {**PARAMS, "no_such_parameter": 1}, X, y, num_boost_round=1, progress=True)
+    seen: list[Event] = []
+    dask_xgboost.train(bridges_client, {**PARAMS, "no_such_parameter": 1}, X, y, num_boost_round=1, listen=seen.append)
     lines = [event for event in seen if isinstance(event, Log) and "no_such_parameter" in event.text]
     assert {event.rank for event in lines} == {0, 1, 2}
     assert all(event.level == logging.WARNING for event in lines)

@@ -9,6 +9,8 @@ together. ``dask_xgboost`` and the other bridges are thin adapters on it.
 True
 """
 
+from typing import TYPE_CHECKING, Any
+
 from dask_bridges import config as _config
 from dask_bridges._version import __version__
 from dask_bridges.errors import (
@@ -21,6 +23,9 @@ from dask_bridges.errors import (
 )
 from dask_bridges.reporting import report
 
+if TYPE_CHECKING:
+    from dask_bridges.overview import RunningGang, gangs
+
 __all__ = [
     "BridgeError",
     "DataError",
@@ -28,8 +33,19 @@ __all__ = [
     "MemberFailed",
     "MemberLost",
     "PlacementError",
+    "RunningGang",
     "__version__",
+    "gangs",
     "report",
 ]
 
 _config.set_defaults()
+
+
+def __getattr__(name: str) -> Any:
+    """Load what needs Dask's client when it is asked for."""
+    if name not in ("RunningGang", "gangs"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from dask_bridges import overview
+
+    return getattr(overview, name)

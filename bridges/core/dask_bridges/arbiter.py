@@ -25,11 +25,13 @@ from dask_bridges.watchdog import Watchdog, last_words
 __all__ = ["OPERATION", "STOP", "Arbiter"]
 
 #: Bumped when the messages change: two versions then live side by side, unaware of each other.
-PROTOCOL = 4
+PROTOCOL = 5
 #: Name of the plugin, of its comm handler and of its stream handler on the scheduler.
 OPERATION = f"dask_bridges_arbiter_{PROTOCOL}"
 #: Name of the stream handler on the workers by which members are asked to stop.
 STOP = f"dask_bridges_stop_{PROTOCOL}"
+#: The same, of that by which they are asked to end after what they are at, with a result.
+FINISH = f"dask_bridges_finish_{PROTOCOL}"
 #: Of how many ended gangs the scheduler keeps the events.
 KEPT_TOPICS = 100
 
@@ -168,7 +170,7 @@ class Arbiter(SchedulerPlugin):  # type: ignore[misc]
         if refused or known is None:
             return {"refused": refused}
         known.presented.add(rank)
-        return {}
+        return {"finishing": True} if known.finishing else {}
 
     async def on_exchange(
         self, gang: str, attempt: int, rank: int, step: int, payload: Any, timeout: float
@@ -242,6 +244,21 @@ class Arbiter(SchedulerPlugin):  # type: ignore[misc]
         if gang.live and gang.enforced is None:
             gang.enforced = self.background(self._enforce(gang))
         gang.touch()
+
+    async def on_finish(self, gang: str) -> dict[str, Any]:
+        """Ask the members of a gang to end after the round they are at; who starts later is told at once.
+
+        Answers whether there is such a gang.
+        """
+        known = self.gangs.get(gang)
+        if known is None or known.ending:
+            return {"known": False}
+        known.finishing = True
+        self._tell(known, {"event": "FinishAsked", "rank": -1})
+        for rank in known.live:
+            if known.workers[rank] in self.scheduler.workers:
+                self.scheduler.worker_send(known.workers[rank], {"op": FINISH, "gang": gang})
+        return {"known": True}
 
     async def _enforce(self, gang: Attempt) -> None:
         """Restart the workers of members that do not end: nothing else ends a thread inside a framework."""
@@ -407,7 +424,8 @@ class Arbiter(SchedulerPlugin):  # type: ignore[misc]
         return {
             "gangs": [
                 {"gang": gang.gang, "label": gang.label, "client": gang.client, "workers": gang.workers,
-                 "live": sorted(gang.live), "ending": gang.ending}
+                 "live": sorted(gang.live), "ending": gang.ending, "attempt": gang.attempt,
+                 "finishing": gang.finishing, "finishes": gang.finishes}
                 for gang in self.gangs.values()
             ]
         }  # fmt: skip

@@ -20,6 +20,10 @@ class Attempt:
         self.candidates = list(request["candidates"])
         self.places: int = request["places"]
         self.exclusive: bool = request["exclusive"]
+        self.finishes: bool = request.get(
+            "finishes", False
+        )  # whether its members end early, with a result, when asked to
+        self.finishing = False  # whether they were
         self.topic: str = request["topic"]
         self.deadlines: dict[str, float] = request["deadlines"]
         self.names: list[str] = request["names"]

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
+from dask_serializers.pages import TROUBLESHOOTING, see
+
 __all__ = [
     "BridgeError",
     "DataError",
@@ -13,7 +17,17 @@ __all__ = [
 
 
 class BridgeError(Exception):
-    """The root of every error dask-bridges raises on purpose."""
+    """The root of every error dask-bridges raises on purpose.
+
+    Below its message, a traceback shows the address at which the class is explained.
+    """
+
+    page: ClassVar[str] = TROUBLESHOOTING
+    """Where that is; a bridge of your own may have a page of its own, with an anchor for each of its classes."""
+
+    def __init__(self, *args: object) -> None:
+        super().__init__(*args)
+        self.add_note(see(type(self), self.page))
 
 
 class PlacementError(BridgeError):

@@ -20,6 +20,7 @@ __all__ = [
     "Event",
     "EventStream",
     "Failed",
+    "FinishAsked",
     "Finished",
     "Listener",
     "Log",
@@ -147,6 +148,11 @@ class Log(Event):
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Finished(Event):
     """The member's function returned."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FinishAsked(Event):
+    """Somebody has asked the members to end after the round they are at, with a result."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

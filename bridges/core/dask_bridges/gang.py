@@ -62,6 +62,8 @@ class GangPlan:
         worker of its host.
     about : About
         What a report tells of it.
+    finishes : bool
+        Whether members look at `Member.finishing`, and end early with a result.
     """
 
     label: str
@@ -76,6 +78,7 @@ class GangPlan:
     names: Sequence[str] = ()
     replaceable: Collection[int] = ()
     about: About = field(default_factory=About)
+    finishes: bool = False
 
     @property
     def called(self) -> tuple[str, ...]:
@@ -223,6 +226,7 @@ class Gang:
             "topic": topic_of(self.id),
             "names": list(plan.called),
             "replaceable": list(plan.replaceable),
+            "finishes": plan.finishes,
             "deadlines": asdict(self.deadlines),
         }
         told = ""

@@ -91,6 +91,9 @@ class Member(ABC):
         The host by which the other workers reach this one.
     tally : Tally
         Adds up what is too short for a `span` each.
+    finishing : bool
+        Whether somebody has asked it to end after what it is at, with a result. Not all members hear of it at the
+        same time: those that go in step agree first.
     """
 
     def __init__(self, spec: MemberSpec) -> None:
@@ -104,6 +107,7 @@ class Member(ABC):
         self.world_size = len(spec.workers)
         self.host: str = host_of(spec.workers[spec.rank])
         self.tally = Tally(self.emit, spec.detail)
+        self.finishing = False
         self._step = 0
         self._stop_reason: str | None = None
         self._on_stop: list[Callable[[], Any]] = []

@@ -15,7 +15,15 @@ from distributed import Client
 from dask_bridges import config, probe
 from dask_bridges.errors import PlacementError
 
-__all__ = ["WorkerInfo", "check_packages", "refuse_plaintext", "usable_workers", "workers_back"]
+__all__ = [
+    "WorkerInfo",
+    "all_workers",
+    "check_packages",
+    "check_version",
+    "refuse_plaintext",
+    "usable_workers",
+    "workers_back",
+]
 
 cloudpickle.register_pickle_by_value(probe)
 
@@ -41,7 +49,8 @@ class WorkerInfo:
         return f"{self.address} ({self.status}): {format_bytes(self.memory)} of {limit}"
 
 
-async def _workers(client: Client) -> list[WorkerInfo]:
+async def all_workers(client: Client) -> list[WorkerInfo]:
+    """The workers of the cluster, whatever state they are in."""
     identity = await client.scheduler.identity(n_workers=-1)
     return [
         WorkerInfo(
@@ -77,7 +86,7 @@ async def usable_workers(
         If there is none, if a named one is not there, or if all are paused.
     """
     await _first_worker(client, config.seconds("timeout", timeout))
-    there = await _workers(client)
+    there = await all_workers(client)
     chosen = _choose(there, workers)
     running = [worker for worker in chosen if worker.status == "running"]
     if not running:
@@ -126,12 +135,12 @@ async def workers_back(client: Client, names: Sequence[str], *, others: bool) ->
 
 
 async def _running(client: Client) -> list[WorkerInfo]:
-    return [worker for worker in await _workers(client) if worker.status == "running"]
+    return [worker for worker in await all_workers(client) if worker.status == "running"]
 
 
 async def _first_worker(client: Client, timeout: float) -> None:
     """Wait until the cluster has a worker, with a task of ours queued so that an adaptive one grows."""
-    if await _workers(client):
+    if await all_workers(client):
         return
     future = client.submit(int, pure=False)
     try:
@@ -194,7 +203,7 @@ async def check_packages(
                 known[worker, package] = {**found[package], "python": found["python"]}
     for worker in workers:
         for package in packages:
-            _check_one(worker, package, here[package], known[worker, package], remedy)
+            check_version(f"worker {worker}", package, here[package], known[worker, package], remedy)
 
 
 def _versions_here(packages: tuple[str, ...], imports: bool) -> dict[str, str]:
@@ -205,15 +214,33 @@ def _versions_here(packages: tuple[str, ...], imports: bool) -> dict[str, str]:
     return {package: found[package]["version"] for package in packages}
 
 
-def _check_one(worker: str, package: str, here: str, found: dict[str, Any], remedy: str) -> None:
+def check_version(who: str, package: str, here: str, found: dict[str, Any], remedy: str = "") -> None:
+    """See that what a probe `found` of a package is the client's version.
+
+    Parameters
+    ----------
+    who : str
+        Where it was looked for, for the error message.
+    package : str
+    here : str
+        The client's version.
+    found : dict
+        Its "version", or the "error" of looking for it and the "python" that did.
+    remedy : str
+        What an error message says beside that the package is to be installed.
+
+    Raises
+    ------
+    PlacementError
+        If it is missing, or another version.
+    """
     if "error" in found:
         raise PlacementError(
-            f"worker {worker} cannot import {package} ({found['error']}). "
-            f"Install it there, for {found['python']}{remedy}."
+            f"{who} cannot import {package} ({found['error']}). Install it there, for {found['python']}{remedy}."
         )
     if found["version"] != here:
         raise PlacementError(
-            f"{package} is {found['version']} on worker {worker} and {here} on the client: "
+            f"{package} is {found['version']} on {who} and {here} on the client: "
             "install the same version in both places."
         )
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, cast
 if TYPE_CHECKING:
     from distributed import Client
 
-__all__ = ["GROUP", "Children", "Demo", "DemoOptions", "Extra", "Plugin", "Scores", "installed"]
+__all__ = ["GROUP", "Checkup", "Children", "Demo", "DemoOptions", "Extra", "Plugin", "Scores", "installed"]
 
 GROUP = "dask_bridges.plugins"
 
@@ -105,6 +105,22 @@ class Children:
 
 
 @dataclass(frozen=True)
+class Checkup:
+    """What ``dask bridges doctor`` looks at for a bridge."""
+
+    packages: tuple[str, ...]
+    """Import names of what the workers need, in the client's versions, where the client has it."""
+    extra: str = ""
+    """The extra of dask-bridges that brings them."""
+    versions: tuple[str, ...] = ()
+    """Import names of what they need not have, but in the client's version if they do."""
+    variables: tuple[str, ...] = ()
+    """Environment variables that must be the same on client and workers."""
+    ports: tuple[str, ...] = ()
+    """Settings below ``dask-bridges`` that name ports, of which one has to be free on a worker's host."""
+
+
+@dataclass(frozen=True)
 class Plugin:
     """What one bridge adds.
 
@@ -117,6 +133,7 @@ class Plugin:
     name: str
     demo: Demo | None = None
     children: Children | None = None
+    checkup: Checkup | None = None
 
 
 def installed() -> tuple[list[Plugin], list[str]]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import socket
 import time
 from collections.abc import Iterator
 
 from dask_bridges.errors import PlacementError
 
-__all__ = ["held_port", "port_range"]
+__all__ = ["free_ports", "held_port", "listener", "port_range"]
 
 #: Seconds that a process which is being killed may hold its port.
 AGAIN = 5.0
@@ -86,3 +87,45 @@ def _bound(one: socket.socket, port: int) -> bool:
         one.bind(("", port))
         return True
     return False
+
+
+def listener(ports: range, host: str) -> socket.socket:
+    """A socket that listens on the first port of a range that is free.
+
+    Bound and listening at once, so that no other has the port; with what is left of older connections
+    to it, which a process that binds without `SO_REUSEADDR`, as `held_port` does, would find it taken by.
+
+    Parameters
+    ----------
+    ports : range
+        0 stands for any free port.
+    host : str
+        Of this machine. Where it is no address of its own, as in a container, the socket listens on all that it has.
+
+    Raises
+    ------
+    OSError
+        If there is none.
+    """
+    family = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)[0][0]
+    why = OSError(f"no port of {ports}")
+    for address, port in itertools.product((host, ""), ports):
+        try:
+            return socket.create_server((address, port), family=family)
+        except OSError as error:
+            why = error
+    raise why
+
+
+def free_ports(ports: range) -> int:
+    """How many ports of a range are free on this machine now.
+
+    >>> from dask_bridges.ports import free_ports
+    >>> free_ports(range(1))  # 0 stands for any free one
+    1
+    """
+    free = 0
+    for port in ports:
+        with contextlib.suppress(OSError), socket.create_server(("", port)):
+            free += 1
+    return free

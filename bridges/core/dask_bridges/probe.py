@@ -15,8 +15,8 @@ from typing import Any
 
 __all__ = ["look", "versions"]
 
-#: Versions by process and package, and by when the folders of `sys.path` were changed.
-_found: dict[tuple[Any, ...], str] = {}
+#: Distributions by import name; by process, and by when the folders of `sys.path` were changed.
+_found: dict[tuple[Any, ...], Any] = {}
 
 
 def versions(packages: tuple[str, ...], imports: bool) -> dict[str, Any]:
@@ -40,11 +40,14 @@ def _installed(package: str) -> str:
     if importlib.util.find_spec(package) is None:
         raise ModuleNotFoundError(f"No module named {package!r}", name=package)
     # By process: this module is sent by value, with what was found where it comes from.
-    asked = (os.getpid(), package, *(os.stat(folder).st_mtime_ns for folder in sys.path if os.path.isdir(folder)))
+    asked = (os.getpid(), *(os.stat(folder).st_mtime_ns for folder in sys.path if os.path.isdir(folder)))
     if asked not in _found:  # it takes most of a second
-        builds = importlib.metadata.packages_distributions().get(package, [])
-        _found[asked] = importlib.metadata.version(sorted(builds)[0]) if builds else ""
-    return _found[asked]
+        _found[asked] = importlib.metadata.packages_distributions()
+    builds = sorted(_found[asked].get(package, [package]))  # an editable installation names none
+    try:
+        return importlib.metadata.version(builds[0])
+    except importlib.metadata.PackageNotFoundError:
+        return ""
 
 
 async def look(packages: tuple[str, ...], imports: bool = True) -> dict[str, Any]:

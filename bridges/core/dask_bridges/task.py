@@ -171,11 +171,19 @@ def _stop_members(worker: Worker, gang: str, reason: str) -> None:
             member.stop(reason)
 
 
+def _finish_members(worker: Worker, gang: str) -> None:
+    """Stream handler on a worker: its members of a gang end after what they are at."""
+    for (address, name, _), member in list(_members.items()):
+        if address == worker.address and name == gang:
+            member.finishing = True
+
+
 @contextlib.contextmanager
 def _registered(member: WorkerMember) -> Iterator[None]:
     """Let the scheduler's word to stop reach the member, while it lives; then tell the scheduler how it ended."""
     key = (member.worker.address, member.gang, member.rank)
-    member.worker.stream_handlers.setdefault(arbiter.STOP, functools.partial(_stop_members, member.worker))
+    for operation, handler in ((arbiter.STOP, _stop_members), (arbiter.FINISH, _finish_members)):
+        member.worker.stream_handlers.setdefault(operation, functools.partial(handler, member.worker))
     _members[key] = member
     weighing = _Weighing(member) if member.spec.detail else None
     try:
@@ -200,6 +208,7 @@ def run_member(spec: MemberSpec) -> Any:
         if refused := answer.get("refused"):
             member.outcome = ""
             raise StaleMember(f"{spec.label}: {member.name} may not run here: {refused}")
+        member.finishing = member.finishing or answer.get("finishing", False)
         return _run_accepted(member)
 
 

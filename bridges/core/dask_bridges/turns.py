@@ -37,8 +37,8 @@ async def register(client: Client) -> None:
     except Exception as error:
         raise PlacementError(
             f"the scheduler at {client.scheduler.address} refused the plugin that gives gangs their turns "
-            f"({type(error).__name__}: {error}). Allow it with the Dask configuration "
-            "distributed.scheduler.pickle: true on the scheduler."
+            f"({type(error).__name__}: {error}). Take register_scheduler_plugin out of the Dask configuration "
+            "distributed.scheduler.blocked-handlers on the scheduler."
         ) from error
     _registered[client] = scheduler
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dask_bridges.plugins import Children, Demo, Extra, Plugin
+from dask_bridges.plugins import Checkup, Children, Demo, Extra, Plugin
 
 __all__ = ["PLUGIN"]
 
@@ -19,4 +19,5 @@ PLUGIN = Plugin(
         place=1,  # after XGBoost, whose score it shows beside its own
     ),
     children=Children(("keras",), variables="dask_tf.starting:variables", memory="dask_keras.memory:limit"),
+    checkup=Checkup(("keras",), "keras", versions=("torch", "jax"), variables=("KERAS_BACKEND",)),
 )

@@ -9,8 +9,10 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from dask_xgboost.crossvalidation import cv
     from dask_xgboost.dmatrix import DMatrix
     from dask_xgboost.estimators import XGBClassifier, XGBRanker, XGBRegressor, XGBRFClassifier, XGBRFRegressor
+    from dask_xgboost.metrics import gathered
     from dask_xgboost.prediction import predict
     from dask_xgboost.training import train
 
@@ -21,17 +23,21 @@ __all__ = [
     "XGBRFRegressor",
     "XGBRanker",
     "XGBRegressor",
+    "cv",
+    "gathered",
     "predict",
     "train",
 ]
 
 _HOMES = {
     "DMatrix": "dmatrix",
+    "cv": "crossvalidation",
     "XGBClassifier": "estimators",
     "XGBRFClassifier": "estimators",
     "XGBRFRegressor": "estimators",
     "XGBRanker": "estimators",
     "XGBRegressor": "estimators",
+    "gathered": "metrics",
     "predict": "prediction",
     "train": "training",
 }

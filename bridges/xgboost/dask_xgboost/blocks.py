@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,7 +10,7 @@ import numpy as np
 
 from dask_bridges.partitions import Part
 
-__all__ = ["FIELDS", "BlockInfo", "inspect", "recode", "split"]
+__all__ = ["FIELDS", "BlockInfo", "groups_of", "inspect", "recode", "split", "union_of_categories"]
 
 #: The fields of a matrix beside its features, by XGBoost's names.
 FIELDS = ("label", "weight", "base_margin", "qid", "label_lower_bound", "label_upper_bound")
@@ -76,6 +76,11 @@ def as_array(values: Any) -> Any:
     return values[:, 0] if values.ndim == 2 and values.shape[1] == 1 else values
 
 
+def groups_of(part: Part, columns: Mapping[str, str]) -> Any:
+    """The query id of each row of a part, flat; `columns` as in `split`."""
+    return np.asarray(part["X"][columns["qid"]] if "qid" in columns else part["qid"]).reshape(-1)
+
+
 def inspect(part: Part, columns: tuple[tuple[str, str], ...] = ()) -> BlockInfo:
     """Describe a part; `columns` as pairs, see `split`."""
     X, fields = split(part, dict(columns))
@@ -84,7 +89,7 @@ def inspect(part: Part, columns: tuple[tuple[str, str], ...] = ()) -> BlockInfo:
         names,
         categories=_categories(X),
         fields={name: _range(as_array(values)) for name, values in fields.items() if name != "qid"},
-        groups=np.unique(np.asarray(fields["qid"])) if "qid" in fields else None,
+        groups=np.unique(groups_of(part, dict(columns))) if "qid" in fields else None,
     )
 
 
@@ -103,6 +108,16 @@ def _categories(X: Any) -> dict[str, Any]:
     if not hasattr(X, "dtypes") or not hasattr(X, "columns"):
         return {}
     return {name: X[name].cat.categories for name in X.columns if X[name].dtype == "category"}
+
+
+def union_of_categories(infos: Iterable[BlockInfo]) -> dict[str, Any]:
+    """The categories of each categorical column, over all partitions; sorted, where they do not agree."""
+    union: dict[str, Any] = {}
+    for info in infos:
+        for name, found in info.categories.items():
+            known = union.get(name)
+            union[name] = found if known is None or known.equals(found) else known.union(found)
+    return union
 
 
 def recode(X: Any, categories: Mapping[str, Any]) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +32,8 @@ class Rounds:
         Ours, the user's, and that of early stopping.
     remembering : sequence of TrainingCallback
         Those of them whose state is kept.
+    agreed : callable
+        ``agreed(wanted)``: whether all ranks end, since one of them wants to.
     obj, custom_metric : callable or None
     """
 
@@ -41,6 +43,7 @@ class Rounds:
     model: bytes | None
     callbacks: Sequence[Any]
     remembering: Sequence[Any]
+    agreed: Callable[[bool], bool] = bool
     obj: Any = None
     custom_metric: Any = None
 
@@ -60,10 +63,11 @@ class Rounds:
         for number in range(start, self.total):
             if number > start and number % self.every == 0:
                 self._begin_segment(booster, number)
-            if container.before_iteration(booster, number, matrix, evals):
+            ends = container.before_iteration(booster, number, matrix, evals)
+            if self.remembering and self.agreed(ends):
                 break
             booster.update(matrix, iteration=number, fobj=self.obj)
-            if container.after_iteration(booster, number, matrix, evals):
+            if self.agreed(container.after_iteration(booster, number, matrix, evals)):
                 break
             done = number + 1
             if keeper is not None and done % self.every == 0 and done < self.total:

@@ -10,7 +10,16 @@ import numpy as np
 from dask_bridges.errors import DataError
 from dask_xgboost.blocks import BlockInfo
 
-__all__ = ["check_array", "check_columns", "check_field", "check_groups", "check_labels", "check_params"]
+__all__ = [
+    "check_array",
+    "check_columns",
+    "check_cuts",
+    "check_field",
+    "check_labels",
+    "check_params",
+    "check_ranks",
+    "check_width",
+]
 
 _GLOBAL_ONLY = {
     "booster": {"gblinear": "it updates one weight vector in place; use gbtree or dart"},
@@ -38,6 +47,35 @@ def check_params(params: Mapping[str, Any]) -> None:
     for updater in ("shotgun", "coord_descent", "grow_colmaker"):
         if updater in updaters:
             raise ValueError(f"updater={updater!r} cannot be trained on a cluster; leave updater out")
+    if "refresh" in updaters:
+        raise ValueError(
+            "updater='refresh' wants features as they are, and partitions are binned: use xgboost.train on one machine"
+        )
+
+
+def check_ranks(params: Mapping[str, Any], ranks: int) -> None:
+    """Refuse what XGBoost does in one process only, where there are several.
+
+    Raises
+    ------
+    ValueError
+        Naming the parameter and what to use.
+    """
+    if params.get("process_type") == "update" and ranks > 1:
+        raise ValueError(
+            f"process_type='update' on {ranks} workers: XGBoost updates trees in one process only. Use n_workers=1"
+        )
+
+
+def check_cuts(cuts: str) -> None:
+    """Refuse what is no way to find cuts.
+
+    Raises
+    ------
+    ValueError
+    """
+    if cuts not in ("auto", "quantiles", "sketch"):
+        raise ValueError(f"cuts={cuts!r}: give 'auto', 'quantiles' or 'sketch'")
 
 
 def check_columns(role: str, meta: Any) -> None:
@@ -95,6 +133,19 @@ def check_field(name: str, meta: Any) -> None:
             )
 
 
+def check_width(name: str, collection: Any) -> None:
+    """Refuse several columns where each row has one value: a table of weights, of query ids, of bounds.
+
+    Raises
+    ------
+    DataError
+        Naming the field and its columns.
+    """
+    columns = collection.shape[1] if getattr(collection, "ndim", 1) == 2 else 1
+    if name not in ("label", "base_margin") and columns != 1:
+        raise DataError(f"{name} has {columns} columns; one value a row is wanted")
+
+
 def _is_nested(dtype: Any) -> bool:
     import pandas as pd
 
@@ -150,27 +201,3 @@ def _check_label(where: str, objective: str, params: Mapping[str, Any], found: A
             raise DataError(f"{objective} needs num_class in params: the number of classes")
         if not found.whole or found.low < 0 or found.high >= int(classes):
             raise DataError(f"{seen} whole numbers from 0 to num_class - 1 = {int(classes) - 1}")
-
-
-def check_groups(role: str, infos: Sequence[BlockInfo]) -> None:
-    """Query groups must be whole: no group in two partitions.
-
-    Raises
-    ------
-    DataError
-        Naming a group and the partitions it lies in.
-    """
-    with_groups = [(index, info.groups) for index, info in enumerate(infos) if info.groups is not None]
-    if not with_groups:
-        return
-    groups = np.concatenate([found for _, found in with_groups])
-    owners = np.concatenate([np.full(len(found), index) for index, found in with_groups])
-    order = np.argsort(groups, kind="stable")
-    twice = np.flatnonzero(groups[order][1:] == groups[order][:-1])
-    if len(twice):
-        a, b = owners[order[twice[0]]], owners[order[twice[0] + 1]]
-        raise DataError(
-            f"query group {groups[order[twice[0]]]} of {role} lies in partitions {a} and {b}, and {len(twice)} "
-            "groups in all are cut like that; rankings need whole groups. For a dataframe, "
-            "frame.set_index('the qid column') puts each group into one partition."
-        )

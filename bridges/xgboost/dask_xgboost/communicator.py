@@ -8,7 +8,8 @@ import functools
 import logging
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from xgboost import collective, core
@@ -20,7 +21,7 @@ from dask_bridges.ports import port_range
 from dask_bridges.task import WorkerMember
 from dask_xgboost.sockets import CollectiveSockets, shut_down_port
 
-__all__ = ["capture_log", "communicator", "is_collective_error"]
+__all__ = ["apart", "capture_log", "communicator", "is_collective_error"]
 
 
 def is_collective_error(error: BaseException) -> bool:
@@ -46,6 +47,17 @@ def capture_log(member: WorkerMember) -> Iterator[None]:
         yield
     finally:
         core._check_call(core._LIB.XGBRegisterLogCallback(_DROP))
+
+
+def apart(member: WorkerMember, function: Callable[[], Any]) -> Any:
+    """Call a function where XGBoost has no communicator, which it keeps by thread: for what a rank does alone."""
+
+    def captured() -> Any:
+        with capture_log(member):
+            return function()
+
+    with ThreadPoolExecutor(1, "dask-bridges-xgboost") as pool:
+        return pool.submit(captured).result()
 
 
 @ctypes.CFUNCTYPE(None, ctypes.c_char_p)  # type: ignore[untyped-decorator]
@@ -121,16 +133,18 @@ def communicator(member: WorkerMember, host: str | None, port: int | str | tuple
         member.on_stop(tracker.free)
     try:
         with member.span("communicate"):
-            _join(member, sockets, member.exchange(tracker.args if tracker else None)[0])
+            there = _join(member, sockets, member.exchange(tracker.args if tracker else None)[0])
         try:
             yield
         except BaseException as error:
             member.fail(error)  # before the peers hear of it
-            with contextlib.suppress(XGBoostError):  # not to hide the failure that brought us here
+            # Not to hide the failure that brought us here.
+            with contextlib.suppress(XGBoostError), sockets.goodbye(there, lambda: member.stopping):
                 collective.finalize()
             raise
         sockets.part_in_good_order()
-        collective.finalize()
+        with sockets.goodbye(there, lambda: member.stopping):
+            collective.finalize()
         member.exchange()  # the tracker serves until the last rank has said goodbye
     finally:
         sockets.close()
@@ -138,8 +152,8 @@ def communicator(member: WorkerMember, host: str | None, port: int | str | tuple
             tracker.free()
 
 
-def _join(member: WorkerMember, sockets: CollectiveSockets, args: dict[str, Any]) -> None:
-    """Join the group that gathers at the tracker; who is asked to stop is blocked in it no longer."""
+def _join(member: WorkerMember, sockets: CollectiveSockets, args: dict[str, Any]) -> tuple[str, int]:
+    """Join the group that gathers at the tracker, and say where; who is asked to stop is blocked in it no longer."""
     there = (str(args["dmlc_tracker_uri"]), int(args["dmlc_tracker_port"]))
     member.on_stop(functools.partial(sockets.break_connections_to, there))
     with sockets.opening():
@@ -148,3 +162,4 @@ def _join(member: WorkerMember, sockets: CollectiveSockets, args: dict[str, Any]
         collective.init(**args, dmlc_task_id=f"{member.rank:06d}", dmlc_retry=1)
     sockets.keep_ring(member.exchange(sockets.pairs()))
     member.on_stop(sockets.break_ring)
+    return there

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -11,7 +11,7 @@ import xgboost as xgb
 
 from dask_xgboost.dmatrix import MatrixSpec
 
-__all__ = ["reference", "types"]
+__all__ = ["reference", "reference_of", "types"]
 
 _MARGIN = float(np.float32(1e-5))  # XGBoost's, beyond the least and the greatest value
 
@@ -28,12 +28,17 @@ def reference(cuts: tuple[Any, Any], max_bin: int, feature_types: Sequence[str] 
     """
     pointers, values = cuts
     columns = [_column(values[start:stop]) for start, stop in pairwise(pointers)]
-    rows = np.full((max(1, *map(len, columns)), len(columns)), np.nan, dtype="float32")
-    for number, column in enumerate(columns):
-        rows[: len(column), number] = column
-    matrix = xgb.QuantileDMatrix(rows, max_bin=max_bin, feature_types=feature_types, enable_categorical=True, nthread=1)
+    matrix = reference_of(dict(enumerate(columns)), len(columns), max_bin, feature_types)
     same = all(np.array_equal(ours, theirs) for ours, theirs in zip(matrix.get_quantile_cut(), cuts))
     return matrix if same else None
+
+
+def reference_of(edges: Mapping[int, Any], columns: int, max_bin: int, feature_types: Sequence[str] | None) -> Any:
+    """A matrix whose bins have these left edges, by column; of a categorical one the greatest code is enough."""
+    rows = np.full((max([1, *map(len, edges.values())]), columns), np.nan, dtype="float32")
+    for number, column in edges.items():
+        rows[: len(column), number] = column
+    return xgb.QuantileDMatrix(rows, max_bin=max_bin, feature_types=feature_types, enable_categorical=True, nthread=1)
 
 
 def types(spec: MatrixSpec) -> list[str] | None:

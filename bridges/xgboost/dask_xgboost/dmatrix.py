@@ -11,12 +11,13 @@ from typing import Any
 
 import numpy as np
 from dask.core import flatten
-from distributed import Client
+from distributed import Client, Worker
 
 from dask_bridges import clients, config, partitions, placement
 from dask_bridges.errors import DataError, PlacementError
-from dask_xgboost import checks
-from dask_xgboost.blocks import FIELDS, BlockInfo, inspect
+from dask_xgboost import checks, grouping
+from dask_xgboost.blocks import FIELDS, BlockInfo, inspect, union_of_categories
+from dask_xgboost.resident import Residents
 
 __all__ = ["DMatrix", "MatrixOptions", "MatrixSpec", "place", "prepare", "replace"]
 
@@ -49,24 +50,41 @@ class MatrixSpec:
         Fields that are columns of X.
     categories : dict
         The categories all partitions agree on, by column.
+    num_features : int
     feature_names, feature_types : list of str or None
     options : MatrixOptions
+    held : str or None
+        Key of what was built of it before, see `resident`.
+    token : str or None
+        Under which it is left to the client if it is built.
+    released : bool
+        Whether the parts need not be there.
     """
 
     keys: tuple[Any, ...]
     columns: tuple[tuple[str, str], ...]
     categories: dict[str, Any]
+    num_features: int
     feature_names: list[str] | None
     feature_types: list[str] | None
     options: MatrixOptions
+    held: str | None = None
+    token: str | None = None
+    released: bool = False
+
+    def there(self, worker: Worker) -> bool:
+        """Whether the parts are there to build it from."""
+        return not self.released and all(key in worker.data for key in self.keys)
 
 
 class DMatrix:
     """A distributed matrix: features, labels and what else belongs to each row.
 
-    Built once, it can be trained on and evaluated on many times: its partitions
-    are computed, checked and spread over the workers when it is made, and stay
-    there as long as it lives.
+    Made once, it can be trained on and evaluated on many times: its partitions
+    are computed, checked and spread over the workers when it is made, and binned
+    by the first training; the next ones find them binned. All of it stays there as
+    long as the matrix lives, but for what is binned where a worker is short of
+    memory, which is binned again.
 
     Parameters
     ----------
@@ -79,7 +97,7 @@ class DMatrix:
         The labels, or the column of `X` that holds them. The same as `label`.
     label, weight, base_margin, qid, label_lower_bound, label_upper_bound : optional
         As in `xgboost.DMatrix`: collections with as many rows as `X`, or names of
-        columns of `X`. A query group (`qid`) lies in one partition.
+        columns of `X`. Query groups (`qid`) that partitions cut are brought together.
     feature_weights : array_like, optional
         One weight a feature, for column sampling.
     feature_names, feature_types : sequence of str, optional
@@ -88,6 +106,9 @@ class DMatrix:
         The value that stands for a missing one.
     enable_categorical : bool, default True
         Whether categorical columns are trained on as such.
+    release : bool, default False
+        Let go of the partitions once a training has binned them. They are computed again where a worker is lost,
+        memory is short, or a training wants other bins.
 
     Raises
     ------
@@ -122,11 +143,13 @@ class DMatrix:
         feature_types: Sequence[str] | None = None,
         missing: float = float("nan"),
         enable_categorical: bool = True,
+        release: bool = False,
     ) -> None:
         client = clients.current(client)
         values = (_label(y, label), weight, base_margin, qid, label_lower_bound, label_upper_bound)
         options = MatrixOptions(feature_weights, feature_names, feature_types, missing, enable_categorical)
         self._define(client, X, dict(zip(FIELDS, values)), options, role="X")
+        self.release = release
         prepare(client, [self])
         if not client.asynchronous:
             clients.call(client, self.ready)
@@ -155,9 +178,13 @@ class DMatrix:
         for name, column in self.columns.items():
             checks.check_field(f"{name}={column!r}", X._meta[column])
         for name, value in others.items():
+            checks.check_width(name, value)
             if partitions.is_frame(value):
                 checks.check_field(name, value._meta)
         self._collections = {"X": X, **others}
+        self.release = True
+        self.residents = Residents()
+        self.among: frozenset[str] = frozenset()  # the workers that it was spread over, with those that got nothing
         self._prepared: partitions.Prepared | None = None
         self._loaded: partitions.Partitions | None = None
 
@@ -185,6 +212,11 @@ class DMatrix:
     def has(self, field: str) -> bool:
         """Whether the field ("weight", "qid") was given."""
         return field in self.columns or field in self.parts.roles
+
+    def labels(self) -> Any:
+        """The collection of the labels."""
+        column = self.columns.get("label")
+        return self._collections["label"] if column is None else self._collections["X"][column]
 
     @property
     def rows(self) -> int:
@@ -224,19 +256,13 @@ class DMatrix:
         for index, info in enumerate(self.infos):
             if list(info.columns) != wanted:
                 raise DataError(f"partition {index} of {self.role} has columns {list(info.columns)}, not {wanted}")
-        checks.check_groups(self.role, self.infos)
 
     def categories(self) -> dict[str, Any]:
         """The categories of each categorical column, over all partitions.
 
         Partitions that agree keep their order; else the union is sorted, where it can be.
         """
-        union: dict[str, Any] = {}
-        for info in self.infos:
-            for name, found in info.categories.items():
-                known = union.get(name)
-                union[name] = found if known is None or known.equals(found) else known.union(found)
-        return union
+        return union_of_categories(self.infos)
 
     async def place_like(self, ranks: Sequence[str], *, everywhere: bool) -> None:
         """Bring the partitions to the workers of a training; `everywhere` sees that each has rows.
@@ -257,15 +283,21 @@ class DMatrix:
             self.parts.split(self.client, len(ranks))
         await self.parts.spread(self.client, ranks, everywhere=everywhere)
 
-    def spec(self, worker: str, categories: dict[str, Any]) -> MatrixSpec:
+    def spec(
+        self, worker: str, categories: dict[str, Any], held: str | None = None, token: str | None = None
+    ) -> MatrixSpec:
         """What the rank on `worker` needs."""
         return MatrixSpec(
             keys=self.parts.keys_on(worker),
             columns=tuple(self.columns.items()),
             categories=categories,
+            num_features=self.num_features,
             feature_names=self.feature_names,
             feature_types=self.feature_types,
             options=self.options,
+            held=held,
+            token=token,
+            released=self.parts.released,
         )
 
 
@@ -361,7 +393,8 @@ async def _loaded(
     for matrix in matrices:
         assert matrix._prepared is not None
         sets.append((matrix._prepared, functools.partial(inspect, columns=tuple(matrix.columns.items()))))
-    return await partitions.load_all(client, sets, workers=workers) if sets else []
+    loaded = await partitions.load_all(client, sets, workers=workers) if sets else []
+    return [await grouping.together(client, parts, matrix.columns, workers) for parts, matrix in zip(loaded, matrices)]
 
 
 def _label(y: Any, label: Any) -> Any:

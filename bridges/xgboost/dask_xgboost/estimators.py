@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import dask
@@ -12,6 +12,7 @@ from distributed import Client
 
 from dask_xgboost.classifying import Classifier
 from dask_xgboost.fitting import Forest, OfNumbers, Regressor
+from dask_xgboost.places import Places
 from dask_xgboost.sets import Rows, split_qid, with_groups
 from dask_xgboost.steps import Steps
 
@@ -135,17 +136,22 @@ class XGBRanker(OfNumbers, xgb.XGBRanker):  # type: ignore[misc]
         sample_weight_eval_set: Sequence[Any] | None = None,
         base_margin_eval_set: Sequence[Any] | None = None,
         feature_weights: Any = None,
+        workers: Sequence[str] | None = None,
+        n_workers: int | None = None,
+        resources: Mapping[str, float] | None = None,
+        timeout: float | str | None = None,
     ) -> Any:
-        """Train, on the cluster where there is one; the keywords are those of `xgboost.XGBRanker.fit`.
+        """Train, on the cluster where there is one.
 
-        A query group lies in one partition. `qid` may be the column ``"qid"`` of a dataframe instead. In memory,
+        The keywords are those of `xgboost.XGBRanker.fit`, and those of `XGBClassifier.fit` that say where. Query groups
+        that partitions cut are brought together. `qid` may be the column ``"qid"`` of a dataframe instead. In memory,
         `sample_weight` has one entry a group, as in XGBoost, and `group` may be given instead of `qid`. For
         collections it has one a row, of which the group's first counts.
 
         Raises
         ------
         DataError
-            If there is neither `qid` nor `group`, or groups are cut by partitions. It is a ValueError.
+            If there is neither `qid` nor `group`. It is a ValueError.
         """
         given = {
             "sample_weight": sample_weight,
@@ -158,7 +164,8 @@ class XGBRanker(OfNumbers, xgb.XGBRanker):  # type: ignore[misc]
             "eval_group": eval_group,
             "eval_qid": eval_qid,
         }
-        return self._fit(X, y, given, {"verbose": verbose, "xgb_model": xgb_model, "feature_weights": feature_weights})
+        settings = {"verbose": verbose, "xgb_model": xgb_model, "feature_weights": feature_weights}
+        return self._fit(X, y, given, settings, Places(workers, n_workers, resources, timeout))
 
     def _check(self, rows: Rows) -> None:
         super()._check(dataclasses.replace(rows, weight=None))

@@ -20,6 +20,8 @@ from dask_bridges.errors import DataError
 from dask_xgboost import labels, prediction, scores
 from dask_xgboost.dmatrix import DMatrix, MatrixOptions
 from dask_xgboost.inmemory import next_turn, on_workers
+from dask_xgboost.metrics import Gathered, on_one_machine
+from dask_xgboost.places import Places
 from dask_xgboost.sets import Rows, sets_of
 from dask_xgboost.steps import Steps, run
 from dask_xgboost.training import train
@@ -86,6 +88,10 @@ class OnCluster(xgb.XGBModel):  # type: ignore[misc]
         sample_weight_eval_set: Sequence[Any] | None = None,
         base_margin_eval_set: Sequence[Any] | None = None,
         feature_weights: Any = None,
+        workers: Sequence[str] | None = None,
+        n_workers: int | None = None,
+        resources: Mapping[str, float] | None = None,
+        timeout: float | str | None = None,
     ) -> Any:
         """Train, on the cluster where there is one.
 
@@ -105,6 +111,8 @@ class OnCluster(xgb.XGBModel):  # type: ignore[misc]
             One a set of `eval_set`.
         feature_weights : array_like, optional
             Deprecated by XGBoost: give it when the estimator is made.
+        workers, n_workers, resources, timeout : optional
+            Where on the cluster, and how long to wait for it, as for `dask_xgboost.train`.
 
         Returns
         -------
@@ -123,9 +131,10 @@ class OnCluster(xgb.XGBModel):  # type: ignore[misc]
             "sample_weight_eval_set": sample_weight_eval_set,
             "base_margin_eval_set": base_margin_eval_set,
         }
-        return self._fit(X, y, given, {"verbose": verbose, "xgb_model": xgb_model, "feature_weights": feature_weights})
+        settings = {"verbose": verbose, "xgb_model": xgb_model, "feature_weights": feature_weights}
+        return self._fit(X, y, given, settings, Places(workers, n_workers, resources, timeout))
 
-    def _fit(self, X: Any, y: Any, given: dict[str, Any], settings: dict[str, Any]) -> Any:
+    def _fit(self, X: Any, y: Any, given: dict[str, Any], settings: dict[str, Any], places: Places) -> Any:
         if y is None:
             raise DataError(f"{type(self).__name__} requires y to be passed, but the target y is None")
         if isinstance(y, str):
@@ -136,7 +145,7 @@ class OnCluster(xgb.XGBModel):  # type: ignore[misc]
         client = self._trainer(sets)
         if client is None:
             return self._fit_here(X, y, given, settings)
-        return run(self._fit_there(client, sets, **settings), client)
+        return run(self._fit_there(client, sets, places, **settings), client)
 
     def _check(self, rows: Rows) -> None:
         """Refuse what shows on the client that it cannot be trained on."""
@@ -157,12 +166,17 @@ class OnCluster(xgb.XGBModel):  # type: ignore[misc]
     def _fit_here(self, X: Any, y: Any, given: dict[str, Any], settings: dict[str, Any]) -> Any:
         return super().fit(X, y, **given, **settings)
 
-    def _fit_there(self, client: Client, sets: list[Rows], verbose: Any, xgb_model: Any, feature_weights: Any) -> Steps:
+    def _fit_there(
+        self, client: Client, sets: list[Rows], places: Places, verbose: Any, xgb_model: Any, feature_weights: Any
+    ) -> Steps:
         """Train on the cluster."""
         coded, classes = yield from self._coded(client, sets)
         params = self._training_params(classes)
-        model, metric, params, feature_weights = self._configure_fit(xgb_model, params, feature_weights)
-        matrices = yield from self._matrices(client, coded, feature_weights)
+        model, metric, params, feature_weights = super()._configure_fit(xgb_model, params, feature_weights)
+        given = self.eval_metric if isinstance(self.eval_metric, Sequence) else [self.eval_metric]
+        if any(isinstance(one, Gathered) for one in given):  # XGBoost has wrapped it in a function of its own
+            metric = Gathered(metric)
+        matrices = yield from self._matrices(client, coded, feature_weights, places)
         history: dict[str, Any] = {}
         booster = yield train(
             client,
@@ -178,12 +192,18 @@ class OnCluster(xgb.XGBModel):  # type: ignore[misc]
             xgb_model=model,
             verbose_eval=verbose or False,
             progress=None if sets[0].lazy() else False,
+            **vars(places),
         )
         booster.set_param({"nthread": self.n_jobs or 0})  # the threads of here, no longer those of a worker
         self._Booster = booster
         self._set_evaluation_result(history)
         self._trained(params, classes)
         return self
+
+    def _configure_fit(self, *args: Any) -> tuple[Any, Any, Any, Any]:
+        """What XGBoost's own `fit` gets, to train here."""
+        model, metric, params, feature_weights = super()._configure_fit(*args)
+        return model, on_one_machine(metric), params, feature_weights
 
     def _coded(self, client: Client, sets: list[Rows]) -> Steps:
         """The sets with numbers for labels; and the classes, None if labels are no classes."""
@@ -199,13 +219,13 @@ class OnCluster(xgb.XGBModel):  # type: ignore[misc]
             params["objective"] = "reg:squarederror"
         return params
 
-    def _matrices(self, client: Client, sets: list[Rows], feature_weights: Any) -> Steps:
+    def _matrices(self, client: Client, sets: list[Rows], feature_weights: Any, places: Places) -> Steps:
         """A matrix for each set, in order; one for the same set."""
         turn, made = next_turn(), {}
         for rows in sets:
             if id(rows) in made:
                 continue
-            placed = yield from on_workers(client, rows, turn)
+            placed = yield from on_workers(client, rows, turn, places)
             options = MatrixOptions(
                 feature_weights=None if rows.role else feature_weights,
                 feature_types=None if hasattr(placed.X, "columns") else self.feature_types,
@@ -282,9 +302,9 @@ class Regressor(OfNumbers):
 class Forest(OnCluster):
     """One round of many trees."""
 
-    def _fit(self, X: Any, y: Any, given: dict[str, Any], settings: dict[str, Any]) -> Any:
+    def _fit(self, X: Any, y: Any, given: dict[str, Any], settings: dict[str, Any], places: Places) -> Any:
         upstream._check_rf_callback(self.early_stopping_rounds, self.callbacks)
-        return super()._fit(X, y, given, settings)
+        return super()._fit(X, y, given, settings, places)
 
 
 def _with_own_booster(model: Any) -> Any:

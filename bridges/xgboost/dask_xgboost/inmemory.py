@@ -10,9 +10,10 @@ import dask
 import numpy as np
 from distributed import Client
 
-from dask_bridges import clients, placement
+from dask_bridges import clients
 from dask_bridges.errors import DataError
 from dask_xgboost.blocks import as_array
+from dask_xgboost.places import Places
 from dask_xgboost.sets import Rows
 from dask_xgboost.steps import Steps
 
@@ -24,7 +25,7 @@ ROWS_A_PARTITION = 25_000
 _turns = itertools.count()
 
 
-def on_workers(client: Client, rows: Rows, turn: int) -> Steps:
+def on_workers(client: Client, rows: Rows, turn: int, places: Places) -> Steps:
     """The rows as collections; those in memory are cut in few blocks that are sent to a worker each.
 
     Parameters
@@ -34,12 +35,14 @@ def on_workers(client: Client, rows: Rows, turn: int) -> Steps:
         With numbers for labels, and of equal lengths.
     turn : int
         Which worker is the first; see `next_turn`.
+    places : Places
+        Which workers.
     """
     if rows.lazy():
         return rows
     X, fields = _features(rows), {name: _numbers(as_array(value)) for name, value in rows.fields.items()}
-    workers = yield clients.call(client, placement.usable_workers, client)
-    edges = _edges(X.shape[0], len(workers), fields.get("qid"))
+    workers = yield clients.call(client, places.usable, client)
+    edges = _edges(X.shape[0], places.n_workers or len(workers), fields.get("qid"))
     held: dict[str, list[Any]] = {"X": [], **{name: [] for name in fields}}
     for number, (start, stop) in enumerate(itertools.pairwise(edges)):
         worker = workers[(turn + number) % len(workers)].address
@@ -78,12 +81,10 @@ def _numbers(values: Any) -> Any:
 
 
 def _edges(rows: int, workers: int, qid: Any) -> list[int]:
-    """Where blocks begin and end; query groups stay whole."""
+    """Where blocks begin and end; query groups that are in order stay whole."""
     parts = max(1, min(workers, rows // ROWS_A_PARTITION))
     edges = [rows * part // parts for part in range(parts + 1)]
-    if qid is not None and parts > 1:
-        if (qid[1:] < qid[:-1]).any():
-            return [0, rows]
+    if qid is not None and parts > 1 and not (qid[1:] < qid[:-1]).any():
         edges = sorted({0, rows, *(int(np.searchsorted(qid, qid[edge])) for edge in edges[1:-1])})
     return edges
 

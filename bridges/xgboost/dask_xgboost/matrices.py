@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,14 +13,47 @@ import xgboost as xgb
 from dask_bridges import partitions
 from dask_bridges.partitions.blocks import size_of
 from dask_bridges.task import WorkerMember
+from dask_xgboost import cuts
 from dask_xgboost.blocks import as_array, recode, split
 from dask_xgboost.dmatrix import MatrixSpec
+from dask_xgboost.gathering import all_gather
+from dask_xgboost.quantiles import compress, quantiles, summarise
 
-__all__ = ["build"]
+__all__ = ["Binning", "build", "common_cuts"]
+
+#: Bytes of summaries that are gathered at a time; with more, ranks bring theirs down to as much as one block's.
+_GATHERED = 1 << 26
+
+
+@dataclass(frozen=True)
+class Binning:
+    """How columns are binned: `max_bin` bins, found by `nthread` threads of a rank."""
+
+    max_bin: int
+    nthread: int
+
+
+def _block(member: WorkerMember, spec: MatrixSpec, key: Any) -> tuple[Any, dict[str, Any]]:
+    """Features and fields as XGBoost takes them, groups together."""
+    X, fields = split(partitions.take(member.worker, key), dict(spec.columns))
+    X = recode(X, spec.categories)
+    ready = {name: as_array(values) for name, values in fields.items() if name != "qid"}
+    if "qid" in fields:
+        qid = np.asarray(fields["qid"]).reshape(-1)
+        order = np.argsort(qid, kind="stable")
+        if not (order[1:] > order[:-1]).all():
+            X = X.iloc[order] if hasattr(X, "iloc") else X[order]
+            ready = {name: values[order] for name, values in ready.items()}
+        # A weight counts for its whole group, and XGBoost wants one a group.
+        if "weight" in ready:
+            _, first = np.unique(qid[order], return_index=True)
+            ready["weight"] = ready["weight"][first]
+        ready["qid"] = qid[order]
+    return X, ready
 
 
 class _Blocks(xgb.DataIter):  # type: ignore[misc]
-    """Feeds XGBoost the blocks of this rank. XGBoost reads them four times."""
+    """Feeds XGBoost the blocks of this rank. XGBoost reads them four times, and three with a reference."""
 
     def __init__(self, member: WorkerMember, spec: MatrixSpec, empty: Any) -> None:
         self.member = member
@@ -41,7 +75,9 @@ class _Blocks(xgb.DataIter):  # type: ignore[misc]
             return False
         start = time.perf_counter()
         if self.spec.keys:
-            X, fields = self._block(self.spec.keys[self._position])
+            X, fields = _block(self.member, self.spec, self.spec.keys[self._position])
+            if self.prototype is None:
+                self.prototype = X[:0].copy()  # a view of a received buffer may be misaligned
         else:
             X, fields = self.empty, {}
         took = time.perf_counter() - start
@@ -59,28 +95,9 @@ class _Blocks(xgb.DataIter):  # type: ignore[misc]
             tally.add("receive", took)
             tally.fed(partitions.rows_of(X), size_of(X))
 
-    def _block(self, key: Any) -> tuple[Any, dict[str, Any]]:
-        X, fields = split(partitions.take(self.member.worker, key), dict(self.spec.columns))
-        X = recode(X, self.spec.categories)
-        if self.prototype is None:
-            self.prototype = X[:0].copy()  # a view of a received buffer may be misaligned
-        ready = {name: as_array(values) for name, values in fields.items() if name != "qid"}
-        if "qid" in fields:
-            qid = np.asarray(fields["qid"])
-            order = np.argsort(qid, kind="stable")
-            if not (order[1:] > order[:-1]).all():
-                X = X.iloc[order] if hasattr(X, "iloc") else X[order]
-                ready = {name: values[order] for name, values in ready.items()}
-            # A weight counts for its whole group, and XGBoost wants one a group.
-            if "weight" in ready:
-                _, first = np.unique(qid[order], return_index=True)
-                ready["weight"] = ready["weight"][first]
-            ready["qid"] = qid[order]
-        return X, ready
-
 
 def build(
-    member: WorkerMember, spec: MatrixSpec, *, max_bin: int, nthread: int, ref: Any = None, empty: Any = None
+    member: WorkerMember, spec: MatrixSpec, binning: Binning, *, ref: Any = None, empty: Any = None
 ) -> tuple[Any, Any]:
     """Bin the blocks of this rank.
 
@@ -88,10 +105,9 @@ def build(
     ----------
     member : Member
     spec : MatrixSpec
-    max_bin, nthread : int
-        As in `xgboost.QuantileDMatrix`.
+    binning : Binning
     ref : xgboost.QuantileDMatrix, optional
-        The training matrix, whose cuts an evaluation matrix shares.
+        Whose cuts are used. Without, ranks find them together, by XGBoost's sketch.
     empty : optional
         A block of no rows, used where this rank holds none.
 
@@ -108,8 +124,8 @@ def build(
         matrix = xgb.QuantileDMatrix(
             blocks,
             missing=options.missing,
-            nthread=nthread,
-            max_bin=max_bin,
+            nthread=binning.nthread,
+            max_bin=binning.max_bin,
             ref=ref,
             enable_categorical=options.enable_categorical,
         )
@@ -118,3 +134,46 @@ def build(
     if options.feature_weights is not None:
         matrix.set_info(feature_weights=np.asarray(options.feature_weights))
     return matrix, blocks.prototype
+
+
+def common_cuts(member: WorkerMember, spec: MatrixSpec, binning: Binning) -> dict[int, Any]:
+    """The left edges of bins, by column, at the quantiles of the rows of all ranks, which find them together.
+
+    The rank of each is within a ``1 / (4 * max_bin)`` of the exact one. They do not depend on where blocks lie,
+    unless there are so many that each rank summarises its own.
+    """
+    points = 4 * binning.max_bin
+    found = []
+    with member.span("build"):
+        for key in spec.keys:
+            member.check()
+            X, fields = _block(member, spec, key)
+            weight = _row_weight(fields)
+            found.append(
+                summarise(X, points=points, missing=spec.options.missing, weight=weight, nthread=binning.nthread)
+            )
+        types = cuts.types(spec) or ()
+        coded = {number for number, kind in enumerate(types) if kind == "c"}
+        edges: dict[int, Any] = {}
+        for summaries in _gathered(np.concatenate(found), spec.num_features, points):
+            edges |= quantiles(summaries, binning.max_bin, coded)
+    return edges
+
+
+def _row_weight(fields: dict[str, Any]) -> Any:
+    """Weights by row, also where groups have them."""
+    weight = fields.get("weight")
+    if weight is None or "qid" not in fields:
+        return weight
+    return np.repeat(weight, np.unique(fields["qid"], return_counts=True)[1])
+
+
+def _gathered(own: Any, columns: int, points: int) -> Iterator[Any]:
+    """The summaries of all ranks, of some columns at a time."""
+    total = all_gather(np.array([own.nbytes])).sum()
+    if total > _GATHERED:
+        own = compress(own, points)
+        total = all_gather(np.array([own.nbytes])).sum()
+    for some in np.array_split(np.arange(columns), max(1, -(-total // _GATHERED))):
+        mine = own[(own["column"] >= some[0]) & (own["column"] <= some[-1])] if len(some) < columns else own
+        yield all_gather(mine.view("int64")).view(own.dtype)

@@ -2,19 +2,36 @@
 
 XGBoost reduces most metrics as sums, which is exact. ``auc`` and ``aucpr`` it
 averages over workers, and custom metrics too, unweighted. Here the area metrics
-are computed from the scores of all ranks, and custom ones averaged by weight.
+are computed from the scores of all ranks. Custom ones are averaged by weight, or
+summed as numerators and denominators, or `gathered`.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import xgboost as xgb
 from xgboost import collective
 
-__all__ = ["AREAS", "GlobalMetrics", "pr_auc", "roc_auc"]
+from dask_xgboost.gathering import all_gather
+
+__all__ = [
+    "AREAS",
+    "AllRows",
+    "Gathered",
+    "GlobalMetrics",
+    "gathered",
+    "in_order",
+    "metric_names",
+    "on_one_machine",
+    "pr_auc",
+    "roc_auc",
+    "without",
+]
 
 #: Built-in metrics computed here.
 AREAS = ("auc", "aucpr")
@@ -24,6 +41,98 @@ AREAS = ("auc", "aucpr")
 EXACT_SCORES = 1 << 22
 
 Metric = Callable[[Any, xgb.DMatrix], Any]
+
+
+class Gathered:
+    """A metric that wants the predictions of all rows; see `gathered`."""
+
+    def __init__(self, metric: Metric) -> None:
+        self.metric = metric
+        functools.update_wrapper(self, metric)
+
+    def __call__(self, *args: Any, **keywords: Any) -> Any:
+        """What the metric gives for what is here."""
+        return self.metric(*args, **keywords)
+
+
+def gathered(metric: Metric) -> Gathered:
+    """A custom metric that is computed once, of the predictions and labels of all rows.
+
+    For what no average over workers can tell, such as ranks, medians and thresholds. After each round the predictions,
+    labels and weights of an evaluation set come together in the memory of each worker: 4 bytes each a row.
+
+    Parameters
+    ----------
+    metric : callable
+        ``metric(predictions, rows)`` as in `xgboost.train`, where `rows` is an `AllRows` with the labels of all
+        workers, in any order; for an estimator's `eval_metric`, ``metric(y_true, y_pred)``.
+
+    Returns
+    -------
+    callable
+        For `custom_metric` of `train`, or `eval_metric` of an estimator; without a cluster, it is the metric itself.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> @gathered
+    ... def median_error(predictions, rows):
+    ...     return "median", float(np.median(np.abs(predictions - rows.get_label())))
+    >>> dask_xgboost.train(client, {}, X, y, evals=[(X, "train")], custom_metric=median_error)   # doctest: +SKIP
+    """
+    return Gathered(metric)
+
+
+@dataclass(frozen=True)
+class AllRows:
+    """What a `gathered` metric is told of the rows of all workers: what `xgboost.DMatrix` tells, by the same names."""
+
+    label: Any
+    weight: Any
+    base_margin: Any
+    group: Any
+
+    def num_row(self) -> int:
+        """Number of rows."""
+        return len(self.label)
+
+    def get_label(self) -> Any:
+        """Labels, shape (rows,) or (rows, targets)."""
+        return self.label
+
+    def get_weight(self) -> Any:
+        """Weights of the rows, or of the groups; empty without."""
+        return self.weight
+
+    def get_base_margin(self) -> Any:
+        """Margins; empty without."""
+        return self.base_margin
+
+    def get_group(self) -> Any:
+        """Sizes of the query groups, in the order of the rows; empty without."""
+        return self.group
+
+    def get_uint_info(self, field: str) -> Any:
+        """Where each query group begins, and where the last one ends, for ``"group_ptr"``; empty without."""
+        if field != "group_ptr":
+            raise ValueError(f"{field!r}: there is 'group_ptr' only")
+        return np.concatenate([[0], np.cumsum(self.group)]).astype("uint32") if len(self.group) else self.group
+
+
+def on_one_machine(metric: Metric | None) -> Metric | None:
+    """The metric as XGBoost itself can use it: a pair, numerator and denominator, is divided."""
+    if metric is None:
+        return None
+    return lambda predictions, matrix: _numbers(metric(predictions, matrix))
+
+
+def _numbers(given: Any) -> list[tuple[str, float]]:
+    return [(name, float(np.divide(*value) if isinstance(value, tuple) else value)) for name, value in _listed(given)]
+
+
+def _listed(given: Any) -> list[tuple[str, Any]]:
+    """Names and values; a metric gives one pair of them, or a list."""
+    return list(given) if isinstance(given, list) else [given]
 
 
 def roc_auc(tp: Any, fp: Any) -> float:
@@ -56,18 +165,6 @@ def pr_auc(tp: Any, fp: Any) -> float:
     return float(area.sum())
 
 
-def _all_gather(values: Any) -> Any:
-    """Arrays of all ranks, one after the other, through XGBoost's communicator."""
-    rank, world = collective.get_rank(), collective.get_world_size()
-    lengths = np.zeros(world, dtype="int64")
-    lengths[rank] = len(values)
-    lengths = collective.allreduce(lengths, collective.Op.SUM)
-    gathered = np.zeros(int(lengths.sum()), dtype=values.dtype)
-    start = int(lengths[:rank].sum())
-    gathered[start : start + len(values)] = values
-    return collective.allreduce(gathered, collective.Op.SUM)
-
-
 def _coarse(scores: Any) -> Any:
     """Scores rounded towards zero to 11 bits of mantissa, in the same order."""
     bits = np.asarray(scores, dtype="float32").view("int32")
@@ -85,7 +182,7 @@ def _merged(scores: Any, positive: Any, weight: Any) -> tuple[Any, Any]:
     if total > EXACT_SCORES:
         scores = _coarse(scores)
     local = _sums(scores[positive > 0], (positive * weight)[positive > 0])
-    thresholds, tp = _sums(*(_all_gather(values) for values in local))
+    thresholds, tp = _sums(*(all_gather(values) for values in local))
     fp = _between(scores[positive < 1], ((1 - positive) * weight)[positive < 1], thresholds)
     fp = collective.allreduce(fp, collective.Op.SUM)
     at_all = np.zeros(len(fp))
@@ -136,8 +233,38 @@ def area(name: str, predictions: Any, matrix: xgb.DMatrix) -> float:
     return float(np.average(values, weights=prevalence if name == "auc" else None))
 
 
+def _all_rows(predictions: Any, matrix: xgb.DMatrix) -> tuple[AllRows, Any]:
+    """The rows of all ranks and their predictions, one rank after the other."""
+    mine = {
+        "label": matrix.get_label(),
+        "weight": matrix.get_weight(),
+        "base_margin": matrix.get_base_margin(),
+        "group": np.diff(matrix.get_uint_info("group_ptr").astype("int64")),
+    }
+    total = int(collective.allreduce(np.array([matrix.num_row()], dtype="int64"), collective.Op.SUM)[0])
+    everything = {name: all_gather(np.ascontiguousarray(values).ravel()) for name, values in mine.items()}
+    everything["group"] = everything["group"][everything["group"] > 0]
+    for name in ("label", "base_margin"):
+        everything[name] = _in_rows(everything[name], total)
+    return AllRows(**everything), _in_rows(all_gather(np.ascontiguousarray(predictions).ravel()), total)
+
+
+def _in_rows(values: Any, rows: int) -> Any:
+    return values.reshape(rows, -1) if values.size > rows > 0 else values
+
+
+def _checked(pairs: Any) -> Any:
+    """Numerators and denominators as numbers."""
+    try:
+        return np.array(pairs, dtype="float64").reshape(-1, 2)
+    except (TypeError, ValueError):
+        raise TypeError(
+            f"a custom metric gave {pairs}: each value is a number, or a pair of numerator and denominator"
+        ) from None
+
+
 class GlobalMetrics:
-    """The `custom_metric` given to XGBoost: areas over all rows, and the user's metric averaged by weight.
+    """The `custom_metric` given to XGBoost: areas over all rows, and the user's metric, brought together.
 
     Attributes
     ----------
@@ -161,7 +288,7 @@ class GlobalMetrics:
         scores = self._scores(predictions, matrix) if self.areas else None
         values = [(name, area(name, scores, matrix)) for name in self.areas]
         if self.user is not None:
-            values += self._average(predictions, matrix)
+            values += self._of_user(predictions, matrix)
         self.exact.update({(id(matrix), name): value for name, value in values})
         return values
 
@@ -178,22 +305,31 @@ class GlobalMetrics:
             predictions = powers / powers.sum(axis=1, keepdims=True)
         return predictions.reshape(-1, self.classes)
 
-    def _average(self, predictions: Any, matrix: xgb.DMatrix) -> list[tuple[str, float]]:
-        """The user's metric, by weight (or rows). A rank without rows is not asked."""
+    def _of_user(self, predictions: Any, matrix: xgb.DMatrix) -> list[tuple[str, float]]:
+        """The user's metric: of all rows, or of those of each rank and then brought together."""
+        if isinstance(self.user, Gathered):
+            return self._of_all(predictions, matrix)
         assert self.user is not None
-        found: list[tuple[str, float]] = []
-        if matrix.num_row():
-            given = self.user(predictions, matrix)
-            found = list(given) if isinstance(given, list) else [given]
-        names = self._names(matrix, [name for name, _ in found])
+        found = _listed(self.user(predictions, matrix)) if matrix.num_row() else []  # no rows: not asked
         weight = matrix.get_weight()
         total = float(weight.sum()) if weight.size else float(matrix.num_row())
-        sums = np.zeros(len(names) + 1)
-        sums[-1] = total
-        if found:
-            sums[:-1] = np.array([value for _, value in found], dtype="float64") * total
-        sums = collective.allreduce(sums, collective.Op.SUM)
-        return [(name, float(value / sums[-1])) for name, value in zip(names, sums[:-1])]
+        pairs = [value if isinstance(value, tuple) else (value * total, total) for _, value in found]
+        names = self._names(matrix, [name for name, _ in found])
+        sums = np.zeros((len(names), 2))
+        if pairs:
+            sums[:] = _checked(pairs)
+        sums = collective.allreduce(sums.ravel(), collective.Op.SUM).reshape(sums.shape)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return list(zip(names, (float(value) for value in sums[:, 0] / sums[:, 1])))
+
+    def _of_all(self, predictions: Any, matrix: xgb.DMatrix) -> list[tuple[str, float]]:
+        """The metric of all rows, which rank 0 computes and tells."""
+        assert isinstance(self.user, Gathered)
+        rows, predictions = _all_rows(predictions, matrix)
+        found: list[tuple[str, float]] = []
+        if collective.get_rank() == 0:
+            found = _numbers(self.user(predictions, rows))
+        return list(collective.broadcast(found, 0))
 
     def _names(self, matrix: xgb.DMatrix, found: list[str]) -> list[str]:
         """What the metrics are called, told by the first rank that has rows."""
@@ -203,3 +339,29 @@ class GlobalMetrics:
             root = int(collective.allreduce(first, collective.Op.MIN)[0])
             self._roots[id(matrix)] = (root, list(collective.broadcast(found, root)))
         return self._roots[id(matrix)][1]
+
+
+def metric_names(params: dict[str, Any]) -> list[str]:
+    """The metrics of ``eval_metric``, in the user's order."""
+    given = params.get("eval_metric", [])
+    return [given] if isinstance(given, str) else [str(name) for name in given]
+
+
+def without(params: dict[str, Any], wanted: list[str], areas: list[str]) -> dict[str, Any]:
+    """The parameters, less the metrics that `GlobalMetrics` computes."""
+    if not areas:
+        return params
+    left = [name for name in wanted if name not in areas]
+    changed = {**params, "eval_metric": left}
+    return changed if left else {**changed, "disable_default_eval_metric": 1}
+
+
+def in_order(wanted: Sequence[str], found: Sequence[str], areas: Sequence[str]) -> list[str]:
+    """The metrics found, in the order of ``eval_metric``; then the user's own.
+
+    >>> in_order(["auc", "error@0.5", "logloss"], ["error", "logloss", "auc", "mine"], ["auc"])
+    ['auc', 'error', 'logloss', 'mine']
+    """
+    others = iter([name for name in found if name not in areas])  # XGBoost renames some: "error@0.5" is "error"
+    ordered = [name if name in areas else next(others, "") for name in dict.fromkeys(wanted)]
+    return [name for name in [*ordered, *others] if name in found]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dask_bridges.plugins import Children, Demo, Extra, Plugin
+from dask_bridges.plugins import Checkup, Children, Demo, Extra, Plugin
 
 __all__ = ["PLUGIN"]
 
@@ -18,4 +18,5 @@ PLUGIN = Plugin(
         ),
     ),
     children=Children(("xgboost",)),
+    checkup=Checkup(("xgboost",), "xgboost", versions=("scipy", "sklearn"), ports=("xgboost.tracker-port",)),
 )

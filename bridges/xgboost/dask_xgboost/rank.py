@@ -2,28 +2,28 @@
 
 from __future__ import annotations
 
-import logging
+import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import xgboost as xgb
+from xgboost import collective
 
 from dask_bridges.devices.members import Wanted
 from dask_bridges.tally import slept
 from dask_bridges.task import WorkerMember
-from dask_xgboost import cuts
 from dask_xgboost.boosting import Rounds
 from dask_xgboost.communicator import capture_log, communicator
 from dask_xgboost.devices import own_gpu
-from dask_xgboost.dmatrix import MatrixSpec
-from dask_xgboost.matrices import build
-from dask_xgboost.metrics import AREAS, GlobalMetrics
+from dask_xgboost.folds import Folds, History, Newest, Run, cross_validate, masks, sides_of
+from dask_xgboost.metrics import AREAS, GlobalMetrics, in_order, metric_names, without
+from dask_xgboost.ready import Agreed, MatricesSpec, agree, ready
+from dask_xgboost.resident import Built, lent
 from dask_xgboost.resuming import Keeper, Keeping, State, left_behind
 
 __all__ = ["TrainResult", "TrainSpec", "train_rank"]
-
-MAX_BIN = 256  # XGBoost's default
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,8 @@ class Loop:
     tracker_host: str | None = None
     tracker_port: int | str | tuple[int, int] = 0
     segment: int = 10
+    config: dict[str, Any] = field(default_factory=dict)  # the client's `xgboost.get_config`
+    cuts: str = "auto"
 
 
 @dataclass(frozen=True)
@@ -50,121 +52,105 @@ class TrainSpec:
     Attributes
     ----------
     loop : Loop
-    train : MatrixSpec
-    evals : tuple of (MatrixSpec or None, str)
-        None is the training set itself.
+    matrices : MatricesSpec
+    evals : tuple of (int, str)
+        The number of the matrix, 0 for the training set itself, and the name.
     keeping : Keeping or None
         Where the state is kept.
     state : State or None
         To go on from.
-    same_cuts : bool
-        Whether the cuts are those of `state` as they are, for the rows are elsewhere now.
     devices : Wanted or None
         Its worker's GPU.
+    finishing : bool
+        Whether an earlier attempt was asked to stop.
+    folds : Folds or None
+        Of a cross-validation.
     """
 
     loop: Loop
-    train: MatrixSpec
-    evals: tuple[tuple[MatrixSpec | None, str], ...]
+    matrices: MatricesSpec
+    evals: tuple[tuple[int, str], ...]
     keeping: Keeping | None = None
     state: State | None = None
-    same_cuts: bool = False
     devices: Wanted | None = None
+    finishing: bool = False
+    folds: Folds | None = None
 
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What rank 0 brings back."""
+    """What rank 0 brings back.
 
-    booster: xgb.Booster
-    history: dict[str, Any]
+    Attributes
+    ----------
+    booster : xgboost.Booster or None
+        None where matrices are lacking, see `Agreed`, and of a cross-validation.
+    history : dict, or list of dict
+    callbacks : sequence of TrainingCallback
+    agreed : Agreed
+    """
+
+    booster: xgb.Booster | None
+    history: Any
     callbacks: Sequence[Any]
+    agreed: Agreed
 
 
 def train_rank(member: WorkerMember, spec: TrainSpec) -> TrainResult | None:
     """Train one rank; rank 0 returns the result.
 
-    The communicator, the matrices and the training share this thread: XGBoost's
+    The communicator and the training share this thread: XGBoost's
     communicator is thread-local.
     """
     loop = spec.loop
+    member.finishing |= spec.finishing
     with (
         own_gpu(member, spec.devices),
         left_behind(member),
         capture_log(member),
+        xgb.config_context(**loop.config),
         communicator(member, loop.tracker_host, loop.tracker_port),
+        lent(member, [each.held for each in spec.matrices.each]) as held,
     ):
-        booster, history = _trained(member, spec)
-    return TrainResult(booster, history, loop.callbacks) if member.rank == 0 else None
+        agreed = agree(member, spec.matrices, held)
+        booster, history = (None, {}) if agreed.lacking else _trained(member, spec, agreed, held)
+    return TrainResult(booster, history, loop.callbacks, agreed) if member.rank == 0 else None
 
 
-def _trained(member: WorkerMember, spec: TrainSpec) -> tuple[xgb.Booster, dict[str, Any]]:
-    matrix, evals = _matrices(member, spec)
+def _trained(
+    member: WorkerMember, spec: TrainSpec, agreed: Agreed, held: Sequence[Built | None]
+) -> tuple[xgb.Booster | None, Any]:
+    matrices = ready(member, spec.matrices, agreed, held, int(_threads(member, spec.loop.params)))
     with member.span("compute"):
         try:
-            return _boost(member, spec, matrix, evals)
+            if spec.folds is not None:
+                return None, _cross_validated(member, spec.loop, spec.folds, matrices[0])
+            return _boost(member, spec, matrices[0], [(matrices[number], name) for number, name in spec.evals])
         finally:
             member.tally.tell("compute", now=True)
 
 
-def _matrices(member: WorkerMember, spec: TrainSpec) -> tuple[Any, list[tuple[Any, str]]]:
-    """Every rank builds every matrix: XGBoost agrees on cuts and categories between them."""
-    params = spec.loop.params
-    binning = {
-        "max_bin": int(params.get("max_bin", MAX_BIN)),
-        "nthread": int(_threads(member, params)),
-    }
-    matrix, prototype = build(member, spec.train, **binning, ref=_reference(member, spec, binning["max_bin"]))
-    evals = []
-    for matrix_spec, name in spec.evals:
-        if matrix_spec is None:
-            evals.append((matrix, name))
-        else:
-            evals.append((build(member, matrix_spec, **binning, ref=matrix, empty=prototype)[0], name))
-    return matrix, evals
-
-
-def _reference(member: WorkerMember, spec: TrainSpec, max_bin: int) -> Any:
-    """What to bin against so that the cuts are those of before; None to find them."""
-    if spec.state is None or not spec.same_cuts:
-        return None
-    matrix = cuts.reference(spec.state.cuts, max_bin, cuts.types(spec.train))
-    if matrix is None and not member.rank:
-        member.log("the cut points are found anew: those of before cannot be had from a reference", logging.WARNING)
-    return matrix
-
-
 def _threads(member: WorkerMember, params: dict[str, Any]) -> Any:
-    """The user's number of threads, by either of its names, or the worker's."""
-    return params.get("nthread", params.get("n_jobs", member.worker.state.nthreads))
+    """The user's number of threads, by either of its names; the worker's for none, or a number below one."""
+    wanted = params.get("nthread", params.get("n_jobs", 0))
+    return wanted if int(wanted) > 0 else member.worker.state.nthreads
 
 
 def _boost(
     member: WorkerMember, spec: TrainSpec, matrix: Any, evals: list[tuple[Any, str]]
 ) -> tuple[xgb.Booster, dict[str, Any]]:
     loop = spec.loop
-    params = {**loop.params, "nthread": _threads(member, loop.params)}
-    params.pop("n_jobs", None)
-    if "random_state" in params:
-        params["seed"] = params.pop("random_state")
+    params, areas, custom = _told(member, loop, loop.params, matrix)
     wanted = metric_names(params)
-    areas: list[str] = []
-    if member.world_size > 1 and not matrix.get_uint_info("group_ptr").size:
-        areas = [name for name in wanted if name in AREAS]
-    custom = loop.custom_metric
-    if areas or (custom is not None and member.world_size > 1):
-        custom = _global_metrics(areas, loop)
-    remembering = list(loop.callbacks)
-    if loop.early_stopping_rounds:
-        stopping = xgb.callback.EarlyStopping(rounds=loop.early_stopping_rounds, maximize=loop.maximize)
-        remembering.append(stopping)
+    remembering = _callbacks(loop)
     rounds = Rounds(
-        params=_without(params, wanted, areas),
+        params=without(params, wanted, areas),
         total=loop.num_boost_round,
         every=loop.segment,
         model=loop.xgb_model,
-        callbacks=[_Report(member, loop.num_boost_round, wanted, evals, custom), *remembering],
+        callbacks=[_Report(member, loop.num_boost_round, wanted, evals, custom), *remembering, _Finish(member)],
         remembering=remembering,
+        agreed=functools.partial(_agreed, member),
         obj=loop.obj,
         custom_metric=custom,
     )
@@ -178,25 +164,70 @@ def _boost(
     return booster, history
 
 
-def _global_metrics(areas: list[str], loop: Loop) -> GlobalMetrics:
-    objective, classes = loop.params.get("objective"), int(loop.params.get("num_class", 0))
+def _told(
+    member: WorkerMember, loop: Loop, given: dict[str, Any], matrix: Any
+) -> tuple[dict[str, Any], list[str], GlobalMetrics | None]:
+    """What XGBoost is told: parameters; which of their metrics are computed here; these, with the user's own."""
+    params = {**given, "nthread": _threads(member, given)}
+    params.pop("n_jobs", None)
+    if "random_state" in params:
+        params["seed"] = params.pop("random_state")
+    areas: list[str] = []
+    if member.world_size > 1 and not matrix.get_uint_info("group_ptr").size:
+        areas = [name for name in metric_names(params) if name in AREAS]
+    return params, areas, _global_metrics(areas, loop, given) if areas or loop.custom_metric is not None else None
+
+
+def _callbacks(loop: Loop) -> list[Any]:
+    """The user's, and that of early stopping."""
+    if not loop.early_stopping_rounds:
+        return list(loop.callbacks)
+    stopping = xgb.callback.EarlyStopping(rounds=loop.early_stopping_rounds, maximize=loop.maximize)
+    return [*loop.callbacks, stopping]
+
+
+def _cross_validated(member: WorkerMember, loop: Loop, folds: Folds, matrix: Any) -> list[History]:
+    """The history of each set of parameters."""
+    told = [_told(member, loop, given, matrix) for given in folds.params]
+    proxied = any(custom is not None for *_, custom in told)
+    sides = sides_of(member, matrix, masks(folds, matrix.get_label()), proxied=proxied)
+    histories: list[History] = []
+    for params, areas, custom in told:
+        done = len(histories) * loop.num_boost_round
+
+        def tell(number: int, newest: Newest, done: int = done) -> None:
+            if member.rank == 0:
+                means = {f"{name}-{metric}-mean": mean for (name, metric), (mean, _) in newest.items()}
+                stds = {f"{name}-{metric}-std": deviation for (name, metric), (_, deviation) in newest.items()}
+                member.metrics(done + number, means | stds)
+                member.progress(done + number + 1, len(told) * loop.num_boost_round)
+
+        run = Run(
+            rounds=loop.num_boost_round,
+            params=without(params, metric_names(params), areas),
+            wanted=metric_names(params),
+            callbacks=_callbacks(loop),
+            obj=loop.obj,
+            metrics=custom,
+            agreed=functools.partial(_agreed, member),
+        )
+        histories.append(cross_validate(member, matrix, sides, run, tell))
+        if member.finishing:
+            break
+    return histories
+
+
+def _agreed(member: WorkerMember, wanted: bool) -> bool:
+    """Whether the ranks end here, since one wants to: it must not leave the others waiting for it."""
+    if member.world_size == 1:
+        return bool(wanted)
+    return bool(collective.allreduce(np.array([wanted], dtype="int8"), collective.Op.MAX)[0])
+
+
+def _global_metrics(areas: list[str], loop: Loop, params: dict[str, Any]) -> GlobalMetrics:
+    objective, classes = params.get("objective"), int(params.get("num_class", 0))
     margins = str(objective).startswith("multi:") and (objective != "multi:softprob" or loop.obj is not None)
     return GlobalMetrics(areas, loop.custom_metric, classes if classes > 1 else 0, margins)
-
-
-def metric_names(params: dict[str, Any]) -> list[str]:
-    """The metrics of ``eval_metric``, in the user's order."""
-    given = params.get("eval_metric", [])
-    return [given] if isinstance(given, str) else [str(name) for name in given]
-
-
-def _without(params: dict[str, Any], wanted: list[str], areas: list[str]) -> dict[str, Any]:
-    """The parameters, less the metrics that `GlobalMetrics` computes."""
-    if not areas:
-        return params
-    left = [name for name in wanted if name not in areas]
-    changed = {**params, "eval_metric": left}
-    return changed if left else {**changed, "disable_default_eval_metric": 1}
 
 
 class _Report(xgb.callback.TrainingCallback):  # type: ignore[misc]
@@ -225,7 +256,7 @@ class _Report(xgb.callback.TrainingCallback):  # type: ignore[misc]
         if self.metrics is not None:
             for matrix, name in self.evals:
                 log = evals_log.get(name, {})
-                for metric in _in_order(self.wanted, list(log), self.metrics.areas):
+                for metric in in_order(self.wanted, list(log), self.metrics.areas):
                     log.move_to_end(metric)
                     log[metric][-1] = self.metrics.exact.get((id(matrix), metric), log[metric][-1])
         if self.member.rank == 0:
@@ -250,12 +281,12 @@ class _Report(xgb.callback.TrainingCallback):  # type: ignore[misc]
         self.member.tally.tell("compute", now=True)
 
 
-def _in_order(wanted: Sequence[str], found: Sequence[str], areas: Sequence[str]) -> list[str]:
-    """The metrics found, in the order of ``eval_metric``; then the user's own.
+class _Finish(xgb.callback.TrainingCallback):  # type: ignore[misc]
+    """Ends the training after a round, last of all callbacks, where somebody has asked for it."""
 
-    >>> _in_order(["auc", "error@0.5", "logloss"], ["error", "logloss", "auc", "mine"], ["auc"])
-    ['auc', 'error', 'logloss', 'mine']
-    """
-    others = iter([name for name in found if name not in areas])  # XGBoost renames some: "error@0.5" is "error"
-    ordered = [name if name in areas else next(others, "") for name in dict.fromkeys(wanted)]
-    return [name for name in [*ordered, *others] if name in found]
+    def __init__(self, member: WorkerMember) -> None:
+        self.member = member
+
+    def after_iteration(self, model: Any, epoch: int, evals_log: Any) -> bool:
+        """Ask the other ranks to end, too."""
+        return self.member.finishing

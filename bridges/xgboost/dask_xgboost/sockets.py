@@ -24,15 +24,19 @@ import socket
 import stat
 import struct
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import ClassVar, NamedTuple
 
+import psutil
 from distributed.comm import get_address_host_port
 
 __all__ = ["CollectiveSockets", "shut_down_port"]
 
 Address = tuple[str, int]
 WILDCARDS = ("0.0.0.0", "::")
+
+#: Seconds between looks at what is connecting.
+_LOOK_AGAIN = 0.1
 
 
 class _Socket(NamedTuple):
@@ -162,10 +166,32 @@ class CollectiveSockets:
 
     @staticmethod
     def break_connections_to(address: Address) -> None:
-        """Shut down what is connected to a tracker: a member that waits for its peers there fails at once."""
-        for known in _all():
-            if known.remote == address:
-                _shut_down(known)
+        """Shut down what is connected to a tracker, or about to be: a member that waits there fails at once."""
+        for known in psutil.Process().net_connections("tcp"):
+            # One that is not connected yet has no peer that the socket itself would tell of.
+            if known.raddr and known.fd >= 0 and _address(known.raddr) == address:
+                with contextlib.suppress(OSError), socket.socket(fileno=os.dup(known.fd)) as one:
+                    if _address(one.getsockname()) == _address(known.laddr):
+                        one.shutdown(socket.SHUT_RDWR)
+
+    @classmethod
+    @contextlib.contextmanager
+    def goodbye(cls, address: Address, hurried: Callable[[], object]) -> Iterator[None]:
+        """While a member takes leave of a tracker, whose host may be silent: once it is hurried it waits no longer."""
+        over = threading.Event()
+
+        def watch() -> None:
+            while not over.wait(_LOOK_AGAIN):
+                if hurried():
+                    cls.break_connections_to(address)
+
+        watching = threading.Thread(target=watch, name="dask-bridges-goodbye", daemon=True)
+        watching.start()
+        try:
+            yield
+        finally:
+            over.set()
+            watching.join()
 
     def break_ring(self) -> None:
         """Reset the connections to the peers: a collective call that waits for them fails at once."""

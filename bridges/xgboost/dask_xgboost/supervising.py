@@ -9,9 +9,10 @@ import warnings
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import repeat
 from typing import Any
 
-import xgboost as xgb
+from dask.base import tokenize
 from dask.utils import format_bytes
 from distributed import Client
 
@@ -19,14 +20,16 @@ from dask_bridges import config, placement
 from dask_bridges.about import About
 from dask_bridges.devices.members import Wanted
 from dask_bridges.errors import BridgeError, MemberLost, WorkerLeft
-from dask_bridges.events import Event, Progress
+from dask_bridges.events import Event, FinishAsked, Progress
 from dask_bridges.gang import Gang, GangPlan
 from dask_bridges.placement import WorkerInfo
 from dask_xgboost import checks, dmatrix, resuming
 from dask_xgboost.communicator import is_collective_error
 from dask_xgboost.devices import wants_gpus, with_own_gpus
 from dask_xgboost.dmatrix import PACKAGES, DMatrix
+from dask_xgboost.places import Places
 from dask_xgboost.rank import Loop, TrainResult, TrainSpec, train_rank
+from dask_xgboost.ready import Agreed, MatricesSpec
 from dask_xgboost.resuming import Keeping, State
 
 __all__ = ["Supervised"]
@@ -37,6 +40,11 @@ LABEL = "XGBoost training"
 
 #: A training is given up when so many attempts, one after the other, have come no further than those before.
 BARREN = 2
+
+MAX_BIN = 256  # XGBoost's default
+
+#: From so many rows on, finding quantiles takes less time than XGBoost's sketch.
+_MANY_ROWS = 100_000
 
 #: Objectives whose leaves XGBoost fits rank by rank and then averages.
 _ADAPTIVE = ("reg:absoluteerror", "reg:quantileerror")
@@ -52,34 +60,40 @@ class Supervised:
     loop : Loop
     matrix : DMatrix
     evals : list of (DMatrix, str)
-    workers : sequence of str or None
-    options : dict
-        For `GangPlan`.
+    places : Places
+    exclusive : bool
+        See `GangPlan`.
     keeping : Keeping or None
         None where nothing is kept.
     max_restarts : int
     listeners : sequence of callable
         Hear the events of every attempt.
+    folds : Asked or None
+        Of a cross-validation.
     """
 
     client: Client
     loop: Loop
     matrix: DMatrix
     evals: list[tuple[DMatrix, str]]
-    workers: Sequence[str] | None
-    options: dict[str, Any]
+    places: Places
+    exclusive: bool
     keeping: Keeping | None
     max_restarts: int
     listeners: Sequence[Any] = ()
+    folds: Any = None
     _names: list[str] = field(default_factory=list)  # of the workers, by rank
     _ranks: list[str] = field(default_factory=list)  # their addresses
     _placement: resuming.Placement = ()
     _gang: Gang | None = None
     _id: str = field(default_factory=lambda: uuid.uuid4().hex[:12])
+    _finishing: bool = False  # whether somebody has asked it to stop
     _devices: Mapping[str, Wanted] = field(default_factory=dict)  # by the workers' addresses, where GPUs train
 
     def __post_init__(self) -> None:
         self._gpus = wants_gpus(self.loop.params)
+        self._max_bin = int(self.loop.params.get("max_bin", MAX_BIN))
+        self._tokens: list[str] = []  # of what an attempt leaves on the workers, by matrix
 
     @property
     def matrices(self) -> list[DMatrix]:
@@ -90,11 +104,14 @@ class Supervised:
         """Align the collections, in the caller's thread."""
         dmatrix.prepare(self.client, self.matrices)
 
-    async def run(self, evals_result: dict[str, Any] | None) -> xgb.Booster:
-        """Train, and bring back rank 0's result."""
+    async def run(self, evals_result: dict[str, Any] | None) -> Any:
+        """Train, and bring back rank 0's result: the booster, or the histories of a cross-validation."""
         try:
             return self._deliver(await self._attempts(), evals_result)
         finally:
+            for matrix in self.matrices:
+                if matrix.release and matrix._loaded is not None:
+                    matrix.parts.release()
             for listener in self.listeners:
                 getattr(listener, "close", int)()
 
@@ -114,10 +131,14 @@ class Supervised:
                 if state is not None:
                     await self._place_as(state.placement)
                 result = await self._attempt(restarts + 1, state, reached)
+                while result.agreed.lacking:
+                    await self._fetch(result.agreed.lacking)
+                    result = await self._attempt(restarts + 1, state, reached)
             except (MemberLost, WorkerLeft) as lost:
                 if not self.max_restarts or self._is_taken_away():
                     raise
                 state = await self._kept() or state
+                self._finishing |= reached.finishing
                 come = max(reached.rounds, state.round if state is not None else 0)
                 if isinstance(lost, MemberLost):  # and not while the data were placed, which tells of no bug
                     barren = 0 if come > furthest else barren + 1
@@ -130,6 +151,7 @@ class Supervised:
                 if restarts >= self.max_restarts:
                     lost.add_note(f"It was started again as often as max_restarts={self.max_restarts} allows.")
                     raise
+                self._adopt(None)
                 restarts, earlier = restarts + 1, lost
                 logger.warning("%s It goes on from what was kept; round %d had been reached.", lost, come)
             except BridgeError as error:
@@ -137,24 +159,32 @@ class Supervised:
                 error.__cause__ = error.__cause__ or earlier
                 raise
             else:
+                self._adopt(result.agreed)
                 if self.loop.num_boost_round > self.loop.segment:
                     await self._kept(wanted=False)
                 return result
 
     def _is_taken_away(self) -> bool:
         """Whether there is nothing to go on with: the scheduler is gone, or the data are, as by `Client.restart`."""
-        held = [matrix.parts.futures for matrix in self.matrices if matrix._loaded is not None]
+        placed = [matrix.parts for matrix in self.matrices if matrix._loaded is not None]
+        held = [parts.futures for parts in placed if not parts.released]
         return self.client.status != "running" or any(f.status == "cancelled" for futures in held for f in futures)
 
     async def _attempt(self, number: int, state: State | None, reached: _Reached) -> TrainResult:
+        if self.folds is not None:
+            await self.folds.settle(self.client, self.matrix)
+        for matrix in self.matrices:
+            await matrix.residents.taken()
         plan = GangPlan(
             label=LABEL,
             function=train_rank,
             payloads=self._specs(state),
             workers=self._ranks,
             collateral=is_collective_error,
+            timeout=self.places.timeout,
+            exclusive=self.exclusive,
+            finishes=True,
             about=self._about(),
-            **self.options,
         )
         self._gang = gang = Gang(self.client, plan, number)
         for listener in (reached, *self.listeners):
@@ -183,7 +213,7 @@ class Supervised:
         if not self._names:
             await self._place_first()
             return
-        named = self.workers is not None
+        named = self.places.chosen
         back = await self._with_gpus(await placement.workers_back(self.client, self._names, others=not named))
         places = [worker.address for worker in back]
         matrices = self.matrices
@@ -198,22 +228,33 @@ class Supervised:
     async def _place_first(self) -> None:
         matrices = self.matrices
         usable = await self._usable()
+        before = [worker for worker in usable if worker.address in self.matrix.among]
+        again = before if len(before) == self.places.n_workers else usable
+        if await self._all_resident([worker.address for worker in again]):
+            self._settle(again)
+            self._check()
+            return
+        addresses = [worker.address for worker in usable]
         placed = [matrix for matrix in matrices if matrix._loaded is not None]
-        await dmatrix.replace(self.client, placed, self.workers and [worker.address for worker in usable])
-        await dmatrix.place(self.client, matrices, [w.address for w in usable] if self._gpus else self.workers)
-        for matrix in matrices:
-            if self.loop.obj is None:
-                checks.check_labels(matrix.role, self.loop.params, matrix.infos)
-        usable = await self._usable()
+        await dmatrix.replace(self.client, placed, addresses if self.places.chosen else None)
+        await dmatrix.place(self.client, matrices, addresses if self._gpus or self.places.chosen else None)
+        usable = await self.places.fullest(self.client, await self._usable(), self.matrix.parts)
         await self._spread([worker.address for worker in usable])
         self._settle(usable)
+        self._check()
         self._warn([worker for worker in usable if worker.address in self._ranks])
+
+    def _check(self) -> None:
+        """Refuse what the objective does not take, and what several ranks cannot do."""
+        for params in [self.loop.params] if self.folds is None else self.folds.params:
+            for matrix in self.matrices:
+                if self.loop.obj is None:
+                    checks.check_labels(matrix.role, params, matrix.infos)
+            checks.check_ranks(params, len(self._ranks))
 
     async def _usable(self) -> list[WorkerInfo]:
         """The workers that can train now."""
-        timeout = config.seconds("timeout", self.options["timeout"])
-        workers = await placement.usable_workers(self.client, self.workers, timeout)
-        return await self._with_gpus(workers)
+        return await self._with_gpus(await self.places.usable(self.client))
 
     async def _with_gpus(self, workers: list[WorkerInfo]) -> list[WorkerInfo]:
         """Those that own a GPU, where GPUs train."""
@@ -222,13 +263,14 @@ class Supervised:
         addresses = [worker.address for worker in workers]
         await placement.check_packages(self.client, addresses, PACKAGES, remedy=' ("dask-bridges[xgboost]")')
         workers, self._devices = await with_own_gpus(
-            self.client, workers, named=self.workers is not None, timeout=self.options["timeout"]
+            self.client, workers, named=self.places.workers is not None, timeout=self.places.timeout
         )
         return workers
 
     async def _spread(self, places: Sequence[str]) -> None:
         matrices = self.matrices
         await self.matrix.parts.spread(self.client, places)
+        self.matrix.among = frozenset(places)
         ranks = self.matrix.parts.holding()
         await placement.check_packages(self.client, ranks, PACKAGES, remedy=' ("dask-bridges[xgboost]")')
         for matrix in matrices[1:]:
@@ -256,6 +298,44 @@ class Supervised:
             tuple(numbers.get(address, 0) for address in matrix.parts.workers) for matrix in self.matrices
         )
 
+    # What stays on the workers
+
+    async def _all_resident(self, usable: Sequence[str]) -> bool:
+        """Whether the ranks of before have all matrices, so that no partition is needed."""
+        matrices = self.matrices
+        if self._gpus or any(matrix._loaded is None for matrix in matrices) or self.matrix.among != frozenset(usable):
+            return False
+        ranks = self.matrix.parts.holding()
+        return all(
+            set(matrix.parts.holding()) <= set(ranks)
+            and all(matrix.residents.key(worker, self._how(matrix, worker)) for worker in ranks)
+            for matrix in matrices
+        )
+
+    def _how(self, matrix: DMatrix, worker: str) -> str:
+        """Tells what a worker's part of a matrix is built from, and how, from anything else."""
+        return f"{self._binning()} {matrix.parts.rows_by_part(worker)}"
+
+    def _binning(self) -> str:
+        how: str = tokenize(self._max_bin, self._by_quantiles(), self._categories())
+        return how
+
+    async def _fetch(self, lacking: Sequence[tuple[int, int]]) -> None:
+        """Bring back the partitions of matrices that are neither built nor can be: memory was short."""
+        for rank, number in lacking:
+            self.matrices[number].residents.forget(self._ranks[rank])
+        await self._place()
+
+    def _adopt(self, agreed: Agreed | None) -> None:
+        """Have the workers keep what an attempt has built; None where it is not known what that was."""
+        for number, (matrix, token) in enumerate(zip(self.matrices, self._tokens)):
+            for rank, worker in enumerate(self._ranks):
+                how = self._how(matrix, worker)
+                had = matrix.residents.key(worker, how) is not None if agreed is None else agreed.had[rank, number]
+                if not had:
+                    matrix.residents.adopt(self.client, worker, how, token)
+        self._tokens = []
+
     # What ranks are told, and what they tell
 
     def _categories(self) -> dict[str, Any]:
@@ -269,6 +349,12 @@ class Supervised:
                     for name, known in union.items()
                 }  # fmt: skip
         return union
+
+    def _by_quantiles(self) -> bool:
+        """Whether the columns are cut at their quantiles, and not where XGBoost's sketch says."""
+        if self.loop.cuts == "auto":
+            return not self._gpus and self.matrix.rows >= _MANY_ROWS
+        return self.loop.cuts == "quantiles"
 
     def _described(self) -> dict[str, Any]:
         """What tells this training from others, for JSON."""
@@ -291,22 +377,47 @@ class Supervised:
         return About(self._id, {**loop.params, **rounds, "checkpoint_every": loop.segment}, ("xgboost",), sets)
 
     def _specs(self, state: State | None) -> list[TrainSpec]:
-        categories = self._categories()
         keeping = self.keeping
         if keeping is not None:
             keeping = replace(keeping, training=self._described(), placement=self._placement)
+        numbers = {id(matrix): number for number, matrix in enumerate(self.matrices)}
+        evals = tuple((numbers[id(matrix)], name) for matrix, name in self.evals)
         return [
             TrainSpec(
                 self.loop,
-                self.matrix.spec(worker, categories),
-                tuple(
-                    (None if matrix is self.matrix else matrix.spec(worker, categories), name)
-                    for matrix, name in self.evals
-                ),
+                matrices,
+                evals,
                 keeping=keeping,
                 state=state,
-                same_cuts=state is not None and state.placement[0] != self._placement[0],
                 devices=self._devices.get(worker),
+                finishing=self._finishing,
+                folds=None if self.folds is None else self.folds.on(self.matrix, worker),
+            )
+            for worker, matrices in zip(self._ranks, self._matrices_specs(state))
+        ]
+
+    def _matrices_specs(self, state: State | None) -> list[MatricesSpec]:
+        matrices, categories = self.matrices, self._categories()
+        # With rows elsewhere the cuts are the state's, and those of no other training.
+        cuts = state.cuts if state is not None and state.placement[0] != self._placement[0] else None
+        keep = config.get("xgboost.resident") and cuts is None and not self._gpus
+        self._tokens = [uuid.uuid4().hex for _ in matrices] if keep else []
+        for matrix in matrices:
+            matrix.residents.keep_only({w: self._how(matrix, w) for w in self._ranks} if keep else {})
+        held: dict[str, list[str | None]] = {
+            worker: [matrix.residents.key(worker, self._how(matrix, worker)) for matrix in matrices]
+            for worker in self._ranks
+        }
+        return [
+            MatricesSpec(
+                each=tuple(
+                    matrix.spec(worker, categories, key, token)
+                    for matrix, key, token in zip(matrices, held[worker], self._tokens or repeat(None))
+                ),
+                max_bin=self._max_bin,
+                quantiles=self._by_quantiles(),
+                cuts=cuts,
+                resident=any(key for keys in held.values() for key in keys),
             )
             for worker in self._ranks
         ]
@@ -344,7 +455,9 @@ class Supervised:
                     stacklevel=2,
                 )
 
-    def _deliver(self, result: TrainResult, evals_result: dict[str, Any] | None) -> xgb.Booster:
+    def _deliver(self, result: TrainResult, evals_result: dict[str, Any] | None) -> Any:
+        if self.folds is not None:
+            return result.history
         if evals_result is not None:
             evals_result.update(result.history)
         for ours, theirs in zip(self.loop.callbacks, result.callbacks):
@@ -353,12 +466,15 @@ class Supervised:
 
 
 class _Reached:
-    """Listens for how many rounds are over."""
+    """Listens for how many rounds are over, and whether the training is to stop."""
 
     def __init__(self) -> None:
         self.rounds = 0
+        self.finishing = False
 
     def __call__(self, event: Event) -> None:
         """Hear of one."""
         if isinstance(event, Progress):
             self.rounds = max(self.rounds, event.done)
+        elif isinstance(event, FinishAsked):
+            self.finishing = True

@@ -14,17 +14,19 @@ from distributed import Client
 from dask_bridges import clients, config, placement
 from dask_bridges.checkpoints import Checkpoints
 from dask_bridges.errors import DataError
+from dask_bridges.events import Listener
 from dask_bridges.ports import port_range
 from dask_bridges.reporting import asked, reported
 from dask_bridges.ui.progress import ProgressBar, wants_bar
-from dask_xgboost import checks, resuming
+from dask_xgboost import checks, known, resuming
 from dask_xgboost.dmatrix import DMatrix, MatrixOptions, _label
+from dask_xgboost.places import Places
 from dask_xgboost.rank import Loop
 from dask_xgboost.report import RoundPrinter
 from dask_xgboost.resuming import Keeping
 from dask_xgboost.supervising import Supervised
 
-__all__ = ["train"]
+__all__ = ["checked_callbacks", "matrix_of", "settings_of", "train"]
 
 
 def train(
@@ -55,8 +57,12 @@ def train(
     missing: float = float("nan"),
     enable_categorical: bool = True,
     max_bin: int | None = None,
+    cuts: str = "auto",
     workers: Sequence[str] | None = None,
+    n_workers: int | None = None,
+    resources: Mapping[str, float] | None = None,
     progress: bool | None = None,
+    listen: Listener | None = None,
     checkpoint: str | Path | Checkpoints | None = None,
     checkpoint_every: int = 10,
     max_restarts: int = 3,
@@ -97,10 +103,14 @@ def train(
         Weights that are a column of `X` are taken where `what` has that column.
     evals_result : dict, optional
         Filled with ``{name: {metric: [value, ...]}}``. Values are those of all rows:
-        ``auc`` and ``aucpr`` from the scores of all workers, a custom metric's
-        averaged by weight (or rows).
-    obj, custom_metric, maximize, early_stopping_rounds : optional
-        As in `xgboost.train`. Functions run on every worker, on its rows.
+        ``auc`` and ``aucpr`` from the scores of all workers.
+    obj, maximize, early_stopping_rounds : optional
+        As in `xgboost.train`. `obj` runs on every worker, on its rows.
+    custom_metric : callable, optional
+        ``custom_metric(predictions, matrix)`` as in `xgboost.train`; it runs on every worker, on its rows, and gives
+        ``(name, value)``, of which the average by weight (or rows) is taken; or ``(name, (numerator, denominator))``,
+        which are summed over the workers and then divided; or a list of such. With `gathered` it runs once, on the
+        predictions of all rows.
     callbacks : sequence of xgboost.callback.TrainingCallback, optional
         Run on every worker; rank 0's state is copied back into the given objects. Where a training goes on after a
         loss, `before_training` is called again, and then they have back what can be pickled of their state (from
@@ -113,10 +123,22 @@ def train(
         See `DMatrix`.
     max_bin : int, optional
         The same as ``params["max_bin"]``.
+    cuts : {"auto", "quantiles", "sketch"}
+        Where columns are cut into bins: at the quantiles of all rows, each within a ``1 / (4 * max_bin)`` of the
+        exact one, whose cuts do not depend on where partitions lie; or where XGBoost's own sketch of each
+        worker's rows says, which takes longer. "auto" is "quantiles" from 100,000 rows on, and "sketch" on GPUs.
     workers : sequence of str, optional
         Addresses or names of the workers to use.
+    n_workers : int, optional
+        Use so many of them at most, those that hold most of the rows, and wait until there are so many.
+    resources : mapping, optional
+        Use workers that declare so much of each resource, such as ``{"memory": 64e9}``: those that were started with
+        ``dask worker --resources``. Nothing of it is taken away from Dask's own tasks.
     progress : bool, optional
         Show a progress bar; by default where a person looks on (terminal, notebook).
+    listen : callable, optional
+        Called here with everything the workers tell, as it comes (`dask_bridges.events`): the metrics of each round,
+        progress, log lines. It runs on the client's event loop and must not block.
     checkpoint : str, Path or Checkpoints, optional
         A folder that all hosts share, or any other fsspec URL that they reach: rank 0 keeps the state there, and
         what is there is gone on from, by this call where workers are lost and by a later one. By default every
@@ -175,17 +197,13 @@ def train(
     """
     client = clients.current(client)
     recorder = asked(report)
-    settings = dict(params)
-    if isinstance(params, Sequence) and len(settings) < len(params):
-        settings["eval_metric"] = [value for name, value in params if name == "eval_metric"]
-    if max_bin is not None:
-        settings["max_bin"] = max_bin
+    settings = settings_of(params, max_bin)
     checks.check_params(settings)
     placement.refuse_plaintext(client, allow_plaintext, "XGBoost's tracker and collective traffic")
     given = {"label": _label(y, label), "weight": weight, "base_margin": base_margin, "qid": qid,
              "label_lower_bound": label_lower_bound, "label_upper_bound": label_upper_bound}  # fmt: skip
     options = MatrixOptions(feature_weights, feature_names, feature_types, missing, enable_categorical)
-    matrix = _matrix(client, X, given, options, "X")
+    matrix = matrix_of(client, X, given, options, "X")
     loop = Loop(
         params=settings,
         num_boost_round=num_boost_round,
@@ -193,16 +211,21 @@ def train(
         custom_metric=custom_metric,
         early_stopping_rounds=early_stopping_rounds,
         maximize=maximize,
-        callbacks=_checked_callbacks(callbacks),
+        callbacks=checked_callbacks(callbacks),
         xgb_model=_raw(xgb_model),
         tracker_host=config.get("xgboost.tracker-host", tracker_host),
         tracker_port=config.get("xgboost.tracker-port", tracker_port),
         segment=max(1, num_boost_round) if _unkept(settings) else checkpoint_every,
+        config=xgb.get_config(),
+        cuts=cuts,
     )
+    checks.check_cuts(cuts)
     port_range(loop.tracker_port, "tracker_port")
     if early_stopping_rounds and not evals:
         raise DataError("early_stopping_rounds needs rows to look at: pass evals=[(what, name)]")
     listeners: list[Any] = [RoundPrinter(verbose_eval)] if verbose_eval else []
+    if listen is not None:
+        listeners.append(listen)
     if wants_bar(progress):
         listeners.append(ProgressBar("XGBoost"))
     if recorder is not None:
@@ -212,14 +235,23 @@ def train(
         loop=loop,
         matrix=matrix,
         evals=_evals(client, evals or (), X, matrix, given),
-        workers=workers,
-        options={"exclusive": exclusive, "timeout": timeout},
+        places=Places(workers, n_workers, resources, timeout),
+        exclusive=exclusive,
         keeping=_keeping(settings, checkpoint, checkpoint_every, max_restarts),
         max_restarts=max_restarts,
         listeners=listeners,
     )
     training.prepare()
     return clients.call(client, reported, recorder, training.run, evals_result)
+
+
+def settings_of(params: Mapping[str, Any] | Sequence[tuple[str, Any]], max_bin: int | None) -> dict[str, Any]:
+    """Parameters as a dict, as XGBoost reads them."""
+    settings = dict(params)
+    if isinstance(params, Sequence) and len(settings) < len(params):
+        settings["eval_metric"] = [value for name, value in params if name == "eval_metric"]
+    settings = {name: value for name, value in settings.items() if value is not None}
+    return settings if max_bin is None else {**settings, "max_bin": max_bin}
 
 
 def _unkept(params: Mapping[str, Any]) -> str | None:
@@ -247,13 +279,14 @@ def _keeping(
     return Keeping(None) if max_restarts else None
 
 
-def _matrix(client: Client, X: Any, fields: dict[str, Any], options: MatrixOptions, role: str) -> DMatrix:
+def matrix_of(client: Client, X: Any, fields: dict[str, Any], options: MatrixOptions, role: str) -> DMatrix:
+    """The matrix that is given, or that of collections."""
     if isinstance(X, DMatrix):
         extra = [name for name, value in fields.items() if value is not None]
         if extra:
             raise DataError(f"{role} is a DMatrix, which has its own fields: pass {extra} when it is made")
         return X
-    return DMatrix.unplaced(client, X, fields, options, role)
+    return known.matrix(client, X, fields, options, role)
 
 
 def _evals(
@@ -282,7 +315,7 @@ def _evals(
             fields = {**fields, **dict(zip(("label", "weight"), rest))}
         if isinstance(fields.get("weight"), str) and fields["weight"] not in getattr(what, "columns", ()):
             fields = {field: value for field, value in fields.items() if field != "weight"}
-        other = _matrix(client, what, {} if isinstance(what, DMatrix) else dict(fields), options, role)
+        other = matrix_of(client, what, {} if isinstance(what, DMatrix) else dict(fields), options, role)
         _check_features(matrix, other, role)
         sets.append((other, name))
     return sets
@@ -298,7 +331,8 @@ def _check_features(matrix: DMatrix, other: DMatrix, role: str) -> None:
         raise DataError(f"{role} has {other.num_features} features and the training set {matrix.num_features}")
 
 
-def _checked_callbacks(callbacks: Sequence[Any] | None) -> tuple[Any, ...]:
+def checked_callbacks(callbacks: Sequence[Any] | None) -> tuple[Any, ...]:
+    """Callbacks, if they are."""
     for callback in callbacks or ():
         if not isinstance(callback, xgb.callback.TrainingCallback):
             raise TypeError(f"callbacks are xgboost.callback.TrainingCallback objects, not {callback!r}")

@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hmac
-import itertools
 import secrets
 import socket
 import time
@@ -20,7 +19,7 @@ from typing import Any
 from dask_bridges.collective.ring import Peer, lost
 from dask_bridges.errors import BridgeError, GangTimeout, MemberStopped, PlacementError
 from dask_bridges.member import Member
-from dask_bridges.ports import port_range
+from dask_bridges.ports import listener, port_range
 
 __all__ = ["meet", "peers_of"]
 
@@ -42,32 +41,26 @@ def peers_of(member: Member) -> list[Peer]:
 def meet(member: Member, port: int | str, timeout: float) -> tuple[socket.socket, socket.socket]:
     """Connections with the member before and the member after this one."""
     deadline = time.monotonic() + timeout
-    with _listener(member, port) as listener:
-        mine = (member.host, listener.getsockname()[1], secrets.token_hex(SIZE))
+    with _listener(member, port) as door:
+        mine = (member.host, door.getsockname()[1], secrets.token_hex(SIZE))
         told = member.exchange(mine, timeout)
         after = (member.rank + 1) % member.world_size
         host, their_port, _ = told[after]
-        meeting = _Meeting(member, listener, (str(host), int(their_port)), bytes.fromhex(told[0][2]))
+        meeting = _Meeting(member, door, (str(host), int(their_port)), bytes.fromhex(told[0][2]))
         return asyncio.run(meeting.hold(deadline - time.monotonic()))
 
 
 def _listener(member: Member, port: int | str) -> socket.socket:
-    """A socket that listens on a port of a range.
-
-    Bound and listening at once, so that no other has the port; with what is left of older connections
-    to it, which a process that binds without `SO_REUSEADDR`, as `held_port` does, would find it taken by.
-    """
+    """A socket that listens on a port of a range."""
     ports = port_range(port, "collective-port")
-    family = socket.getaddrinfo(member.host, None, type=socket.SOCK_STREAM)[0][0]
-    # The address by which a worker is reached need not be one of its own machine's, as in a container.
-    for host, one in itertools.product((member.host, ""), ports):
-        try:
-            listener = socket.create_server((host, one), family=family)
-        except OSError as error:
-            why = error
-        else:
-            listener.setblocking(False)
-            return listener
+    try:
+        # The address by which a worker is reached need not be one of its own machine's, as in a container.
+        listening = listener(ports, member.host)
+    except OSError as error:
+        why = error
+    else:
+        listening.setblocking(False)
+        return listening
     raise PlacementError(
         f"{member.label}: {member.name} can listen on none of the ports {ports[0]} to {ports[-1]} of {member.host} for "
         f"its collective ({why}): set dask-bridges.collective-port to a larger range, or to 0 for any free one"

@@ -100,12 +100,15 @@ class Partitions:
         The parts; they stay on the workers as long as these are held.
     workers : list of str
         The worker of each part.
+    released : bool
+        Whether they are let go of.
     """
 
     roles: tuple[str, ...]
     infos: list[PartInfo]
     futures: list[Future]
     workers: list[str] = field(default_factory=list)
+    released: bool = False
 
     @property
     def rows(self) -> list[int]:
@@ -116,6 +119,12 @@ class Partitions:
         """Keys of the parts that hold rows on `worker`, in the order of the partitions."""
         return tuple(
             future.key for future, where, rows in zip(self.futures, self.workers, self.rows) if where == worker and rows
+        )
+
+    def rows_by_part(self, worker: str) -> tuple[tuple[int, int], ...]:
+        """Number and rows of each part that holds rows on `worker`."""
+        return tuple(
+            (part, rows) for part, (where, rows) in enumerate(zip(self.workers, self.rows)) if where == worker and rows
         )
 
     def rows_on(self, worker: str) -> int:
@@ -143,6 +152,12 @@ class Partitions:
     def filled(self) -> list[int]:
         """Indices of the parts that hold rows."""
         return [part for part, rows in enumerate(self.rows) if rows]
+
+    def release(self) -> None:
+        """Let go of the parts; what is known of them, and where they were, stays."""
+        self.released = True
+        for future in self.futures:
+            future.release()
 
     def split(self, client: Client, at_least: int) -> None:
         """Cut the largest parts in two until `at_least` of them hold rows, where there are rows enough."""
@@ -193,7 +208,9 @@ class Partitions:
         await self._move(client, await self._holders(client), workers)
 
     async def lost(self, client: Client) -> list[int]:
-        """Indices of the parts that no worker has any more."""
+        """Indices of the parts that no worker has any more, or has to have."""
+        if self.released:
+            return list(range(len(self.futures)))
         where = await client.scheduler.who_has(keys=[future.key for future in self.futures])
         return [part for part, future in enumerate(self.futures) if not where.get(future.key)]
 

@@ -31,7 +31,7 @@ from dask_bridges.errors import BridgeError, DataError
 from dask_bridges.processes import files, folders
 from dask_bridges.processes.files import read_array, read_frame
 
-__all__ = ["Spool", "Writer", "read_array", "read_frame", "sweep"]
+__all__ = ["MEMORY", "Spool", "Writer", "memory_here", "read_array", "read_frame", "sweep"]
 
 logger = logging.getLogger("dask_bridges.spool")
 
@@ -350,6 +350,14 @@ def _dismantle(held: list[folders.Folder], owner: int) -> None:
 
 def _usable_tmpfs(path: Path) -> bool:
     return path.is_dir() and os.access(path, os.W_OK | os.X_OK) and _filesystem(path) == "tmpfs"
+
+
+def memory_here() -> tuple[int, int]:
+    """Bytes that spools may take in memory on this machine now, and its size; (0, 0) where they go to disk."""
+    if not _usable_tmpfs(MEMORY):
+        return 0, 0
+    state = os.statvfs(MEMORY)
+    return min(max(_free(MEMORY), 0), sys.maxsize), state.f_frsize * state.f_blocks
 
 
 def _filesystem(path: Path) -> str:

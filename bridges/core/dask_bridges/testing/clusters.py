@@ -38,7 +38,7 @@ class CommandLineCluster:
 
 @contextlib.contextmanager
 def command_line_cluster(
-    *, workers: int = 2, threads: int = 1, nanny: bool = True, bare_scheduler: bool = False
+    *, workers: int = 2, threads: int = 1, nanny: bool = True, bare_scheduler: bool = False, bare_workers: int = 0
 ) -> Iterator[CommandLineCluster]:
     """A cluster started as operators do, by ``dask scheduler`` and ``dask worker``, with a client.
 
@@ -50,19 +50,22 @@ def command_line_cluster(
         Whether a nanny watches each worker.
     bare_scheduler : bool
         Whether the scheduler runs without this package and the frameworks.
+    bare_workers : int
+        More workers, that do.
     """
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         file = str(Path(folder) / "scheduler.json")
         common = ["--scheduler-file", file, "--interface", "lo", "--dashboard-address", ":0"]
         if bare_scheduler:
-            scheduler = _run(stack, "-c", _BARE_SCHEDULER, file)
+            scheduler = _run(stack, "-c", _BARE + _SCHEDULER, file)
         else:
             scheduler = _run(stack, "-m", "dask", "scheduler", "--port", "0", *common)
         watched = "--nanny" if nanny else "--no-nanny"
         each = ["worker", "--nthreads", str(threads), "--local-directory", folder, watched, *common]
         started = [_run(stack, "-m", "dask", *each) for _ in range(workers)]
+        started += [_run(stack, "-c", _BARE + _WORKER, file, folder) for _ in range(bare_workers)]
         client = stack.enter_context(Client(scheduler_file=file))
-        client.wait_for_workers(workers, timeout=60)
+        client.wait_for_workers(workers + bare_workers, timeout=60)
         yield CommandLineCluster(client, scheduler, started)
 
 
@@ -101,10 +104,10 @@ def _start_on(
     stack.callback(_end, process)
 
 
-#: A scheduler in a process that can import neither the bridges nor what they bridge to.
-_BARE_SCHEDULER = """
+#: Begins a process that can import neither the bridges nor what they bridge to.
+_BARE = """
 import asyncio, sys
-from distributed import Scheduler
+from distributed import Scheduler, Worker
 
 class Missing:
     def find_spec(self, name, path=None, target=None):
@@ -113,10 +116,19 @@ class Missing:
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
 sys.meta_path.insert(0, Missing())
-
+"""
+_SCHEDULER = """
 async def main():
     async with Scheduler(host="127.0.0.1", port=0, dashboard_address=":0", scheduler_file=sys.argv[1]) as scheduler:
         await scheduler.finished()
+
+asyncio.run(main())
+"""
+_WORKER = """
+async def main():
+    options = {"local_directory": sys.argv[2], "dashboard_address": ":0", "nthreads": 1}
+    async with Worker(scheduler_file=sys.argv[1], host="127.0.0.1", **options) as worker:
+        await worker.finished()
 
 asyncio.run(main())
 """

@@ -54,6 +54,10 @@ class Network:
         """Take a host off the switch: its interfaces stay up, and what it sends is lost."""
         self._switch("link", "set", f"port1-{self._numbers[host]}", "nomaster")
 
+    def forbid(self, host: str, ports: str) -> None:
+        """Let a host connect to none of the ports "9000-9010" of others, as a firewall does."""
+        _ip("-n", self._name(host), "rule", "add", "ipproto", "tcp", "dport", ports, "prohibit")
+
     def _name(self, host: str) -> str:
         return f"{self._prefix}-{host}"
 

@@ -6,6 +6,8 @@ the cluster and the frameworks come in when a command runs.
 
 from __future__ import annotations
 
+import shutil
+import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -126,7 +128,58 @@ def demo(
             try:
                 scores |= part.load()(client, replace(options, scores=dict(scores))) or {}
             except BridgeError as error:
-                raise click.ClickException(str(error)) from error
+                raise click.ClickException("\n".join([str(error), *error.__notes__])) from error
+
+
+@bridges.command(
+    epilog="It imports no framework, and leaves nothing on the cluster. The exit status is 1 where something is wrong."
+)
+@click.option(
+    "--scheduler",
+    metavar="ADDRESS",
+    help="Look at the cluster of this scheduler, e.g. tcp://10.0.0.1:8786. [default: at this machine alone]",
+)
+def doctor(scheduler: str | None) -> None:
+    """Say what a cluster lacks for training on it, and what to do about that.
+
+    Looks at the versions of what is installed on client, scheduler and
+    workers, at devices, memory, ports, and whether workers can connect to each
+    other.
+    """
+    from dask_bridges.ui import doctor as at_work
+
+    if scheduler:
+        with _cluster(scheduler, None) as client:
+            diagnosis = client.sync(at_work.cluster, client)
+    else:
+        diagnosis = at_work.this_machine()
+    click.echo(at_work.render(diagnosis))
+    if diagnosis.problems:
+        raise SystemExit(1)
+
+
+@bridges.command()
+def bench() -> None:
+    """Run the benchmarks of a checkout, each beside its peer.
+
+    They are no part of an installed package: install a clone of the repository
+    with `pip install -e .`, or call this in one.
+    """
+    folders = (Path.cwd(), *Path.cwd().parents, *Path(__file__).resolve().parents)
+    checkout = next((folder for folder in folders if (folder / "benchmarks").is_dir() and _is_ours(folder)), None)
+    if checkout is None:
+        raise click.ClickException(
+            "the benchmarks are in the repository of dask-bridges and not in the package: clone it, and run "
+            "`dask bridges bench` or `make bench` there"
+        )
+    if not shutil.which("make"):
+        raise click.ClickException(f"`make` is missing: install it, or see {checkout / 'Makefile'} for what it runs")
+    raise SystemExit(subprocess.run(["make", "bench"], cwd=checkout).returncode)
+
+
+def _is_ours(folder: Path) -> bool:
+    project = folder / "pyproject.toml"
+    return project.is_file() and 'name = "dask-bridges"' in project.read_text()
 
 
 def _demos(only: str | None) -> list[Demo]:
