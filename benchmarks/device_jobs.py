@@ -9,6 +9,7 @@ Run: python benchmarks/device_jobs.py
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import os
 import statistics
@@ -20,6 +21,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
 from distributed import Client, LocalCluster, wait
 
 from dask_bridges.jobs import DevicePool
@@ -82,6 +84,15 @@ def report(label: str, values: Sequence[float]) -> None:
     print(f"{label:<52}{middle:9.1f}{low:9.1f}{high:9.1f}{sorted(values)[int(0.99 * len(values))]:9.1f}", flush=True)
 
 
+def cpu_used() -> float:
+    """Milliseconds of processor time used by this process and all that it has started and that are still there."""
+    used = 0.0
+    for process in (psutil.Process(), *psutil.Process().children(recursive=True)):
+        with contextlib.suppress(psutil.Error):  # it has just ended, and its parent has its time
+            used += 1e3 * sum(process.cpu_times()[:4])
+    return used
+
+
 def measure_lag(client: Client, busy: Callable[[], None]) -> list[float]:
     """By how many milliseconds the scheduler's event loop is late, each 10 ms while it is `busy`."""
 
@@ -115,7 +126,9 @@ def in_processes(client: Client, devices: dict[str, list[str]], label: str) -> N
             ]
             report(f"device time used by jobs of 200 ms, {label} (%)", shares)
         jobs = 400 if count > 1 else 150
+        before = cpu_used()
         found = logged(lambda folder: pool.map(sleeps, [folder] * jobs, [SHORT] * jobs, range(jobs)))
+        print(f"{f'processor time of a job, {label} (ms)':<52}{(cpu_used() - before) / jobs:9.1f}", flush=True)
         report(f"overhead of jobs of 20 ms, {label} (ms)", overheads(found))
 
 

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import pytest
 from distributed import Client, LocalCluster
-from tests.core.jobs_at_work import Flags
 
 from dask_bridges import clients
 from dask_bridges.gang import Gang, GangPlan
@@ -28,12 +26,6 @@ def client(threads_cluster: LocalCluster) -> Iterator[Client]:
     with Client(threads_cluster) as client:
         yield client
         assert leftovers(client) == {}
-
-
-@pytest.fixture
-def flags(tmp_path: Path) -> Flags:
-    """Files by which a test and its jobs tell each other how far they are."""
-    return Flags(tmp_path)
 
 
 @pytest.fixture

@@ -72,9 +72,9 @@ def wait_until(true: Callable[[], Any], timeout: float, what: str) -> None:
 
 
 @contextlib.contextmanager
-def claimed(flags: Flags) -> Iterator[str]:
-    """What this process sees as its devices; an error if another that claims has one of them now."""
-    devices = os.environ["CUDA_VISIBLE_DEVICES"]
+def claimed(flags: Flags, devices: str = "") -> Iterator[str]:
+    """What this process sees as its devices, or these; an error if another that claims has one of them now."""
+    devices = devices or os.environ["CUDA_VISIBLE_DEVICES"]
     with contextlib.ExitStack() as stack:
         for device in devices.split(","):
             claim = flags.folder / f"claim-{device}"

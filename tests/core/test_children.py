@@ -21,6 +21,7 @@ import numpy as np
 import psutil
 import pytest
 from distributed import Client
+from tests.core.control_groups import control_group, use_too_much
 
 from dask_bridges import MemberFailed, MemberLost
 from dask_bridges.events import Event, Finished, Log, Metrics, Progress, Started
@@ -128,8 +129,7 @@ def never_ending(member: ChildMember, file: str) -> None:
 def eats_memory(member: ChildMember, group: str) -> None:
     """Rank 1 moves into a control group with little memory, and uses more."""
     if member.rank == 1:
-        Path(group, "cgroup.procs").write_text(str(os.getpid()))
-        np.ones(200_000_000, dtype="uint8")
+        use_too_much(group)
     member.exchange()
 
 
@@ -258,28 +258,6 @@ def test_a_child_killed_for_memory_says_so(children: Callable[..., Any]) -> None
     with control_group(100_000_000) as group, pytest.raises(MemberLost, match="killed for memory") as caught:
         children(eats_memory, str(group))
     assert caught.value.rank == 1
-
-
-@contextlib.contextmanager
-def control_group(limit: int) -> Iterator[Path]:
-    """A control group of that many bytes."""
-    for root, setting in (
-        ("/sys/fs/cgroup/memory", "memory.limit_in_bytes"),  # version 1
-        ("/sys/fs/cgroup", "memory.max"),
-    ):
-        group = Path(root, f"dask-bridges-{os.getpid()}")
-        try:
-            group.mkdir()
-        except OSError:
-            continue
-        try:
-            if (group / setting).exists():
-                (group / setting).write_text(str(limit))
-                yield group
-                return
-        finally:
-            group.rmdir()
-    pytest.skip("needs the right to make a control group with a limit of memory")
 
 
 def test_a_child_that_starts_when_its_member_is_to_stop_is_told_so(bridges_client: Client) -> None:

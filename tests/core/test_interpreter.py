@@ -56,3 +56,19 @@ def test_a_process_that_looks_at_its_frames_goes_on_while_threads_end() -> None:
 def test_python_still_needs_the_guard() -> None:
     with pytest.raises(subprocess.TimeoutExpired):  # where this fails, the guard can go
         looks("", 30)
+
+
+ENDED = """
+import sys, threading
+from dask_bridges.processes.interpreter import guard_current_frames
+guard_current_frames()
+thread = threading.Thread(target=int)
+thread.start()
+thread.join()
+print(sys._current_frames()[thread.ident])
+"""
+
+
+def test_a_thread_that_ends_while_dask_looks_has_no_frame() -> None:
+    run = subprocess.run([sys.executable, "-c", ENDED], capture_output=True, text=True, timeout=60)
+    assert (run.stdout.strip(), run.returncode) == ("None", 0), run.stderr

@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 import psutil
 import pytest
-from distributed import Client, LocalCluster, get_client, wait
+from distributed import Client, Future, LocalCluster, get_client, wait
 from tests.core.jobs_at_work import FOUR, Flags, add, find_in, find_not_in, gone, hold, wait_until, where
 
 from dask_bridges import PlacementError
@@ -35,6 +35,22 @@ def waiting(client: Client) -> int:
         return len(dask_scheduler.unrunnable)
 
     return int(client.run_on_scheduler(unrunnable))
+
+
+def sent_ahead(client: Client, future: Future) -> str:
+    """The worker that a job was sent to, which waits for its device there; returns when it was."""
+
+    def place(dask_scheduler: Any) -> str:
+        task = dask_scheduler.tasks.get(future.key)
+        return task.processing_on.address if task is not None and task.processing_on else ""
+
+    wait_until(lambda: client.run_on_scheduler(place), 10, "it was not sent ahead")
+    return str(client.run_on_scheduler(place))
+
+
+def make_brief(pool: DevicePool) -> None:
+    """Have the pool know that its jobs are brief, so that the next ones are sent ahead."""
+    pool.client.gather(pool.map(where, range(8)))
 
 
 def test_environment_variables_are_set_before_modules_are_imported(bridges_client: Client, tmp_path: Path) -> None:
@@ -154,16 +170,81 @@ def test_a_cancelled_job_may_clean_up_and_no_longer(bridges_client: Client, flag
         wait_until(lambda: gone(pid), 10, "it was not killed")
 
 
-def test_jobs_that_wait_never_run_once_cancelled(bridges_client: Client, flags: Flags) -> None:
+@pytest.mark.parametrize("brief", [False, True])
+def test_jobs_that_wait_never_run_once_cancelled(bridges_client: Client, flags: Flags, brief: bool) -> None:
     with DevicePool(bridges_client, devices={"0": ["0"]}, preload=()) as pool:
+        if brief:
+            make_brief(pool)
         held = pool.submit(hold, flags, "up")
         flags.wait("up")
         waiting = pool.map(flags.set, ["ran-1", "ran-2"])
         last = pool.submit(where)
+        if brief:
+            sent_ahead(bridges_client, waiting[0])
         pool.cancel(waiting)
         flags.set("go")
         bridges_client.gather([held, last])
         assert not list(flags.folder.glob("ran-*"))
+
+
+# Sent ahead
+
+
+def test_a_job_sent_ahead_takes_a_device_that_is_free_elsewhere(bridges_client: Client, flags: Flags) -> None:
+    with DevicePool(bridges_client, devices={"0": ["0"], "1": ["1"]}, preload=()) as pool:
+        make_brief(pool)
+        held = [pool.submit(hold, flags, f"up-{number}", f"go-{number}") for number in range(2)]
+        for number in range(2):
+            flags.wait(f"up-{number}")
+        following = pool.submit(where)
+        there = sent_ahead(bridges_client, following)
+        (other,) = (row for row in pool.status() if row["worker"] != there)
+        flags.set(f"go-{[future.key for future in held].index(other['holder'].removeprefix('job '))}")
+        assert following.result(timeout=30)[0] == other["device"]
+        for number in range(2):
+            flags.set(f"go-{number}")
+        bridges_client.gather(held)
+
+
+def test_a_job_sent_ahead_is_passed_by_few_of_those_that_follow(bridges_client: Client, flags: Flags) -> None:
+    def note(number: int) -> None:
+        with (flags.folder / "order").open("a") as file:
+            file.write(f"{number}\n")
+        time.sleep(0.1)  # long enough for the next one to be sent
+
+    with DevicePool(bridges_client, devices={"0": ["0"], "1": ["1"]}, preload=()) as pool:
+        make_brief(pool)
+        held = [pool.submit(hold, flags, f"up-{number}", f"go-{number}") for number in range(2)]
+        for number in range(2):
+            flags.wait(f"up-{number}")
+        first, *others = pool.map(note, range(16))
+        there = sent_ahead(bridges_client, first)
+        (other,) = (row for row in pool.status() if row["worker"] != there)
+        flags.set(f"go-{[future.key for future in held].index(other['holder'].removeprefix('job '))}")
+        bridges_client.gather([first, *others])
+        assert (flags.folder / "order").read_text().split().index("0") < 10
+        for number in range(2):
+            flags.set(f"go-{number}")
+        bridges_client.gather(held)
+
+
+def test_a_job_sent_ahead_lets_one_of_higher_priority_pass(bridges_client: Client, flags: Flags) -> None:
+    def note(name: str) -> None:
+        with (flags.folder / "order").open("a") as file:
+            file.write(f"{name}\n")
+
+    with DevicePool(bridges_client, devices={"0": ["0"]}, preload=()) as pool:
+        make_brief(pool)
+        held = pool.submit(hold, flags, "up")
+        flags.wait("up")
+        low = pool.submit(note, "low")
+        sent_ahead(bridges_client, low)
+        high = pool.submit(note, "high", priority=1)
+        sent_ahead(bridges_client, high)
+        wait_until(lambda: waiting(bridges_client) == 1, 10, "the first was not called back")
+        flags.set("go")
+        bridges_client.gather([held, low, high])
+    assert (flags.folder / "order").read_text().split() == ["high", "low"]
 
 
 def test_closing_ends_all_jobs(bridges_client: Client, flags: Flags) -> None:

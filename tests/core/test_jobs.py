@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 from distributed import Client, LocalCluster, as_completed, wait
+from tests.core.control_groups import control_group, use_too_much
 from tests.core.jobs_at_work import FOUR, Flags, add, hold, wait_until, where
 
 from dask_bridges import MemberFailed, MemberLost, PlacementError
@@ -197,6 +199,24 @@ def test_deaths_are_told_apart_with_the_last_lines(pool: DevicePool, how: Any, k
 
     with pytest.raises(kind, match=says):
         pool.submit(dies).result()
+
+
+def test_a_job_killed_for_memory_is_told_from_one_that_is_killed_later(pool: DevicePool, flags: Flags) -> None:
+    def eats(group: str) -> None:
+        print("hungry", flush=True)
+        use_too_much(group)
+
+    neighbour = pool.submit(hold, flags, "up")
+    pid = int(flags.wait("up"))
+    with control_group(100_000_000) as group:
+        told = r"killed for memory, by the kernel \(SIGKILL\)(.|\n)*said last:\nhungry"
+        with pytest.raises(MemberLost, match=told):
+            pool.submit(eats, str(group)).result()
+    deadline = time.monotonic() + 3  # what happens within two seconds of each other cannot be told apart
+    wait_until(lambda: time.monotonic() > deadline, 10, "never")
+    os.kill(pid, signal.SIGKILL)
+    with pytest.raises(MemberLost, match=r"killed from outside \(SIGKILL\)"):
+        neighbour.result()
 
 
 def test_a_death_is_charged_to_nobody_else(pool: DevicePool, flags: Flags) -> None:

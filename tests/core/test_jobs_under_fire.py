@@ -19,6 +19,7 @@ import dask.config
 import numpy as np
 import pytest
 from distributed import Client, Future, LocalCluster, Worker, wait
+from distributed.scheduler import KilledWorker
 from tests.core.jobs_at_work import Flags, add, gone, hold, wait_until, where
 from tests.core.jobs_under_fire import Ending, held_twice, records, works
 
@@ -160,6 +161,28 @@ def test_the_only_worker_of_a_pool_is_lost_and_comes_back(doomed: Client, flags:
 
 
 @pytest.mark.slow
+def test_what_was_sent_ahead_is_not_charged_for_its_workers_death(flags: Flags) -> None:
+    def place(dask_scheduler: Any, key: str) -> bool:
+        task = dask_scheduler.tasks.get(key)
+        return task is not None and task.processing_on is not None
+
+    with (
+        dask.config.set({"distributed.scheduler.allowed-failures": 0, "distributed.comm.timeouts.connect": "3s"}),
+        clustered() as (_, client),
+        DevicePool(client, devices={"0": ["a"]}, preload=()) as pool,
+    ):
+        client.gather(pool.map(where, range(8)))  # they are brief
+        running = pool.submit(hold, flags, "up")
+        flags.wait("up")
+        ahead = pool.submit(where)
+        wait_until(lambda: client.run_on_scheduler(place, key=ahead.key), 10, "it was not sent ahead")
+        _kill_worker(client, _holding(pool))
+        with pytest.raises(KilledWorker):
+            running.result(timeout=30)
+        assert ahead.result(timeout=60)[0] == "a"
+
+
+@pytest.mark.slow
 def test_a_worker_is_lost_while_a_pool_opens(doomed: Client) -> None:
     for pause in (0.0, 0.05, 0.2):
         pid = next(iter(doomed.run(os.getpid).values()))
@@ -273,6 +296,18 @@ def test_workers_that_come_later_are_used(flags: Flags) -> None:
         flags.wait("up-1", 30)
         flags.set("go")
         assert sorted(client.gather(futures)) == ["0", "1"]
+
+
+@pytest.mark.slow
+def test_an_adaptive_cluster_grows_with_the_jobs_that_wait(flags: Flags) -> None:
+    with clustered(n_workers=1, resources={"GPU": 1}) as (cluster, client):
+        cluster.adapt(minimum=1, maximum=2, interval="200ms", target_duration="1s")
+        with DevicePool(client, preload=()) as pool:
+            futures = pool.map(hold, [flags] * 6, [f"up-{number}" for number in range(6)])
+            flags.wait("up-0")
+            flags.wait("up-1", 60)
+            flags.set("go")
+            assert set(client.gather(futures)) == {"0", "1"}
 
 
 @pytest.mark.slow

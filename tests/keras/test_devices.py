@@ -9,15 +9,14 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import dask.array as da
 import numpy as np
 import psutil
 import pytest
-from distributed import Client, LocalCluster
-from tests.core.devices_at_work import client_of, cluster_with_devices, held, see, workers_of
+from distributed import Client
+from tests.core.devices_at_work import held, see, workers_of
 from tests.core.jobs_at_work import Flags, claim, claimed, hold
 
 from dask_bridges import DataError, PlacementError
@@ -30,23 +29,6 @@ pytestmark = [
 ]
 
 ROWS = 64
-
-
-@pytest.fixture(scope="module")
-def devices_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalCluster]:
-    with cluster_with_devices(tmp_path_factory.mktemp("devices")) as cluster:
-        yield cluster
-
-
-@pytest.fixture
-def client(devices_cluster: LocalCluster) -> Iterator[Client]:
-    with client_of(devices_cluster) as client:
-        yield client
-
-
-@pytest.fixture
-def flags(tmp_path: Path) -> Flags:
-    return Flags(tmp_path)
 
 
 class AtFirst:

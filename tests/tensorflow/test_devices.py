@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
-from distributed import Client, LocalCluster
-from tests.core.devices_at_work import client_of, cluster_with_devices, held
+from distributed import Client
+from tests.core.devices_at_work import held
 from tests.core.jobs_at_work import Flags, hold
 
 from dask_bridges import PlacementError
@@ -19,23 +18,6 @@ from dask_bridges.jobs import DevicePool
 pytestmark = pytest.mark.cluster
 
 Start = Callable[..., Any]
-
-
-@pytest.fixture(scope="module")
-def devices_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalCluster]:
-    with cluster_with_devices(tmp_path_factory.mktemp("devices")) as cluster:
-        yield cluster
-
-
-@pytest.fixture
-def client(devices_cluster: LocalCluster) -> Iterator[Client]:
-    with client_of(devices_cluster) as client:
-        yield client
-
-
-@pytest.fixture
-def flags(tmp_path: Path) -> Flags:
-    return Flags(tmp_path)
 
 
 def visible() -> str | None:

@@ -13,9 +13,9 @@ import dask.array as da
 import numpy as np
 import pytest
 import xgboost as xgb
-from distributed import Client, LocalCluster
+from distributed import Client
 from tests.core import devices_at_work
-from tests.core.devices_at_work import client_of, cluster_with_devices, held, see, workers_of
+from tests.core.devices_at_work import held, see, workers_of
 from tests.core.jobs_at_work import Flags, claim, hold
 
 import dask_xgboost
@@ -33,18 +33,8 @@ pytestmark = [
 ROWS = 240
 
 
-@pytest.fixture(scope="module")
-def devices_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalCluster]:
-    """Workers that use memory of any device which they ask for, as after a training."""
-    folder = tmp_path_factory.mktemp("devices")
-    with cluster_with_devices(folder, "used_by_who_asks", resources=None) as cluster:
-        yield cluster
-
-
-@pytest.fixture
-def client(devices_cluster: LocalCluster) -> Iterator[Client]:
-    with client_of(devices_cluster) as client:
-        yield client
+#: Workers that use memory of any device which they ask for, as after a training.
+CLUSTER = {"probe": "used_by_who_asks", "resources": None}
 
 
 @pytest.fixture
@@ -52,11 +42,6 @@ def cuda(client: Client) -> Client:
     """A client of two workers that see both devices, each its own first, as dask-cuda starts them."""
     see(client, "0,1", "1,0")
     return client
-
-
-@pytest.fixture
-def flags(tmp_path: Path) -> Flags:
-    return Flags(tmp_path)
 
 
 class Waits(xgb.callback.TrainingCallback):  # type: ignore[misc]

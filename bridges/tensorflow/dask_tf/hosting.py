@@ -16,7 +16,7 @@ from typing import Any
 
 from distributed import secede
 
-from dask_bridges.devices.members import leased
+from dask_bridges.devices.members import leased_together, meet
 from dask_bridges.errors import MemberLost, MemberStopped
 from dask_bridges.partitions import Part, take
 from dask_bridges.ports import held_port
@@ -199,12 +199,14 @@ def host_task(member: WorkerMember, spec: RoleSpec) -> None:
     task, host = spec.tasks[member.rank], spec.host or member.host
     with contextlib.ExitStack() as stack:
         if member.incarnation:  # it was elsewhere on this host, and its peers know its address
-            addresses = member.recall()
+            seats = member.recall()
+            addresses = [seat["says"] for seat in seats]
             port = int(addresses[member.rank].rpartition(":")[2])
             stack.enter_context(held_port(range(port, port + 1), host, task.name, again=True))
         else:
             port = stack.enter_context(held_port(spec.ports, host, task.name))
-            addresses = member.exchange(f"{host}:{port}")
+            seats = meet(member, spec.devices, f"{host}:{port}")
+            addresses = [seat["says"] for seat in seats]
         by_role: dict[str, list[str]] = {}
         for other, address in zip(spec.tasks, addresses):
             by_role.setdefault(other.role, []).append(address)
@@ -218,7 +220,7 @@ def host_task(member: WorkerMember, spec: RoleSpec) -> None:
         with (
             _known(hosted),
             contextlib.suppress(MemberStopped),  # which is how a task ends well
-            leased(member, spec.devices) as lease,
+            leased_together(member, spec.devices, seats) as lease,
         ):
             if member.incarnation:
                 member.emit(RoleEmpty, worker=member.worker.address)

@@ -16,10 +16,11 @@ import itertools
 import json
 import logging
 import os
+import socket
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from pkgutil import resolve_name
@@ -35,7 +36,7 @@ from dask_bridges.devices.found import Device
 from dask_bridges.devices.nvml import Usage
 from dask_bridges.processes import folders
 
-__all__ = ["Holder", "Lease", "Leases", "leases_here"]
+__all__ = ["Holder", "Lease", "Leases", "leases_here", "machine_here"]
 
 logger = logging.getLogger("dask_bridges.devices")
 
@@ -197,6 +198,29 @@ class Leases:
                 self._requests.remove(request)
                 self._changed.notify_all()
 
+    @contextlib.contextmanager
+    def turn(self, keys: Iterable[str], check: Callable[[], None] = lambda: None) -> Iterator[None]:
+        """Wait until no other gang, of whatever process on this machine, collects any of these devices.
+
+        Whoever leases by itself needs no turn, and takes none away.
+
+        Parameters
+        ----------
+        keys : iterable of str
+            Of the devices.
+        check : callable
+            Called now and then; what it raises ends the waiting.
+        """
+        self._make_folder()
+        with contextlib.ExitStack() as stack:
+            for key in sorted(set(keys)):  # in one order for all
+                lock = _open(self._path(key, "turn"))
+                stack.callback(os.close, lock)
+                while not _locked(lock):
+                    check()
+                    time.sleep(LOOK)
+            yield
+
     def leave_in_use(self, lease: Lease) -> None:
         """What is used of its devices now stays in use, by this process itself, and nobody here waits for it.
 
@@ -260,9 +284,7 @@ class Leases:
     def _take(self, slot: _Slot) -> bool:
         """Lock a device, if no other process has it and its memory is free."""
         lock = _open(slot.path)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        if not _locked(lock):
             os.close(lock)
             return False
         slot.lock = lock
@@ -308,10 +330,16 @@ class Leases:
             self._changed.notify_all()
 
     def _slot(self, device: Device) -> _Slot:
+        self._make_folder()
+        return _Slot(device, self._path(device.key, "lock"))
+
+    def _make_folder(self) -> None:
         with contextlib.suppress(FileExistsError):
             folders.make_private(self.folder)
         folders.check_private(self.folder)
-        return _Slot(device, self.folder / f"{quote(device.key, safe='')}.lock")
+
+    def _path(self, key: str, kind: str) -> Path:
+        return self.folder / f"{quote(key, safe='')}.{kind}"
 
     def _status_of(self, slot: _Slot) -> dict[str, Any]:
         holders = [lease.holder for lease in slot.held]
@@ -342,6 +370,14 @@ def leases_here() -> Leases:
     return Leases(path, resolve_name(probe) if probe else None)
 
 
+@functools.cache
+def machine_here() -> str:
+    """A name of this machine, the same to all that can share leases here."""
+    with contextlib.suppress(OSError):
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return socket.gethostname()
+
+
 def _unseen(usage: Usage) -> int:
     """Bytes that are used by none of the processes that can be seen."""
     return usage.memory - sum(memory for _, memory in usage.processes)
@@ -353,6 +389,14 @@ def _usage(device: Device) -> Usage:
 
 def _open(path: Path) -> int:
     return os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+
+
+def _locked(lock: int) -> bool:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
 
 
 def _close(slot: _Slot) -> None:

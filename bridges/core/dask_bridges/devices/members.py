@@ -6,18 +6,19 @@ import contextlib
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from distributed import Client
 
 from dask_bridges import config
 from dask_bridges.devices.finding import Group, find_groups
 from dask_bridges.devices.found import Device
-from dask_bridges.devices.leases import Holder, Lease, leases_here
+from dask_bridges.devices.leases import Holder, Lease, leases_here, machine_here
 from dask_bridges.errors import PlacementError
 from dask_bridges.placement import WorkerInfo
 from dask_bridges.task import WorkerMember
 
-__all__ = ["Wanted", "check_count", "leased", "leased_together", "what_there_is", "with_devices"]
+__all__ = ["Wanted", "check_count", "leased", "leased_together", "meet", "what_there_is", "with_devices"]
 
 
 @dataclass(frozen=True)
@@ -97,25 +98,66 @@ def leased(member: WorkerMember, wanted: Wanted | None) -> Iterator[Lease | None
     PlacementError
         If they do not become free in time; it says who has them.
     """
-    if wanted is None:
-        yield None
-        return
-    leases, waiting = leases_here(), _Waiting(member, wanted)
-    leases.ignored |= wanted.ignored
-    holder = Holder(f"{member.label} {member.name}", member.worker.address)
     with contextlib.ExitStack() as stack:
-        with member.span("wait"):
-            lease = stack.enter_context(leases.lease(wanted.devices, wanted.count, holder, waiting.check))
-        yield lease
+        yield stack.enter_context(_Waiting(member, wanted).lease()) if wanted else None
+
+
+def meet(member: WorkerMember, wanted: Wanted | None, says: str = "") -> list[dict[str, Any]]:
+    """Have the members of a gang know where each is, what it says, and which devices it would take.
+
+    Returns
+    -------
+    list of dict
+        By rank, with "says"; for `leased_together`, and of what `Member.recall` tells while that lasts and after it.
+    """
+    return member.exchange(_seat(member, wanted, says))
 
 
 @contextlib.contextmanager
-def leased_together(member: WorkerMember, wanted: Wanted | None) -> Iterator[Lease | None]:
-    """`leased`, by every member of a gang: none goes on before all have theirs."""
-    with leased(member, wanted) as lease:
-        if wanted is not None:
-            member.exchange(timeout=wanted.timeout + member.spec.deadlines.start_timeout)
+def leased_together(
+    member: WorkerMember, wanted: Wanted | None, seats: Sequence[Mapping[str, Any]] | None = None
+) -> Iterator[Lease | None]:
+    """`leased`, by every member of a gang: none goes on before all have theirs.
+
+    Gangs take turns at the devices of a machine, and go from machine to machine in one
+    order. So of two gangs that want the same devices one has all of its own before the
+    other one has any of them, and neither waits for the other with a part in its hands.
+    A member that was lost and comes again leases alone.
+
+    Parameters
+    ----------
+    member : WorkerMember
+    wanted : Wanted, optional
+    seats : list of dict, optional
+        What `meet` has told; without it all members or none want devices.
+    """
+    if seats is None and wanted is not None and not member.incarnation:
+        seats = meet(member, wanted)
+    if seats is None or member.incarnation or not any(seat["keys"] for seat in seats):
+        with leased(member, wanted) as lease:
+            yield lease
+        return
+    mine, limit = seats[member.rank], max(seat["limit"] for seat in seats)
+    waiting = _Waiting(member, wanted) if wanted else None
+    with contextlib.ExitStack() as stack:
+        lease = None
+        for machine in sorted({seat["machine"] for seat in seats if seat["keys"]}):
+            there = [rank for rank, seat in enumerate(seats) if seat["machine"] == machine and seat["keys"]]
+            with contextlib.ExitStack() as turn:
+                if waiting is not None and there[0] == member.rank:
+                    keys = {key for rank in there for key in seats[rank]["keys"]}
+                    turn.enter_context(waiting.turn(sorted(keys)))
+                member.exchange(mine, limit)  # it is this gang's turn on this machine
+                if waiting is not None and member.rank in there:
+                    lease = stack.enter_context(waiting.lease())
+                member.exchange(mine, limit)  # all have theirs there
         yield lease
+
+
+def _seat(member: WorkerMember, wanted: Wanted | None, says: str) -> dict[str, Any]:
+    limit = member.spec.deadlines.start_timeout + (wanted.timeout if wanted else 0.0)
+    keys = [device.key for device in wanted.devices] if wanted else []
+    return {"says": says, "machine": machine_here(), "keys": keys, "limit": limit}
 
 
 class _Waiting:
@@ -123,8 +165,23 @@ class _Waiting:
 
     def __init__(self, member: WorkerMember, wanted: Wanted) -> None:
         self._member, self._wanted = member, wanted
+        leases_here().ignored |= wanted.ignored
         self._start = time.monotonic()
         self._notice = config.seconds("wait-notice")
+
+    def lease(self) -> Lease:
+        """Its devices."""
+        holder = Holder(f"{self._member.label} {self._member.name}", self._member.worker.address)
+        with self._member.span("wait"):
+            return leases_here().lease(self._wanted.devices, self._wanted.count, holder, self.check)
+
+    @contextlib.contextmanager
+    def turn(self, keys: Sequence[str]) -> Iterator[None]:
+        """Its gang's turn at these devices of its machine."""
+        with contextlib.ExitStack() as stack:
+            with self._member.span("wait"):
+                stack.enter_context(leases_here().turn(keys, self.check))
+            yield
 
     def check(self) -> None:
         """Raise where it is to end."""

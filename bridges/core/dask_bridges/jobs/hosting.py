@@ -10,8 +10,9 @@ import contextlib
 import dataclasses
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from distributed import Reschedule, Worker, get_worker, secede
@@ -19,15 +20,15 @@ from distributed.utils import sync
 
 from dask_bridges import turns
 from dask_bridges.devices import Device, Holder, leases_here
+from dask_bridges.dispatcher import GIVE_BACK
 from dask_bridges.events import Event, Log
 from dask_bridges.jobs import job as in_child
 from dask_bridges.jobs.calls import Inputs
 from dask_bridges.jobs.events import JobLog, Offered, Ran
 from dask_bridges.jobs.job import FOLDER, Work
 from dask_bridges.jobs.results import opened
+from dask_bridges.jobs.spares import Spares
 from dask_bridges.processes import Child, Environment
-from dask_bridges.processes.forked import Forked
-from dask_bridges.processes.forkserver import end_servers, fork_server
 from dask_bridges.processes.interpreter import guard_current_frames
 from dask_bridges.processes.memberspool import member_spool
 from dask_bridges.processes.spool import Spool
@@ -38,8 +39,8 @@ __all__ = ["Hosting", "JobSpec", "extend_here", "host_devices", "resource_of", "
 
 _PLUGIN = "dask-bridges-jobs"
 
-#: How many environments keep a fork server with their frameworks imported, on each worker: those last used.
-SERVERS = 4
+#: Jobs that a worker takes for each device: one that runs, and the next one, see `dispatcher`.
+AHEAD = 2
 
 
 def resource_of(pool: str) -> str:
@@ -103,7 +104,8 @@ class _JobMember(WorkerMember):
         deadlines = dataclasses.replace(spec.deadlines, child_stop_timeout=host.hosting.stop_timeout)
         super().__init__(dataclasses.replace(spec, label="job", name=key, deadlines=deadlines), host.member.worker)
         self.key = key
-        self.cancelled = False
+        self.cancelled = self.called_back = False
+        self.waits = True  # for its devices
         self.processes = host.member.processes
 
     def emit(self, kind: type[Event], /, **fields: Any) -> None:
@@ -111,6 +113,17 @@ class _JobMember(WorkerMember):
             super().emit(JobLog, key=self.key, **fields)
         else:
             super().emit(kind, **fields)
+
+    def may_wait(self) -> None:
+        """Raise where it is not to wait for its devices any more."""
+        self.check()
+        if self.called_back:
+            raise Reschedule()
+
+    def give_back(self) -> None:
+        """Have the scheduler send it elsewhere, if it has not begun."""
+        self.called_back = True
+        leases_here().wake()
 
     def cancel(self, reason: str) -> None:
         """End it; nobody waits for its result."""
@@ -140,7 +153,7 @@ class _Host:
         self._closing = ""
         self._jobs: dict[str, _JobMember] = {}
         self._devices = {device.name: _Device() for device in hosting.devices}
-        self._spares = _Spares(member.worker, len(hosting.devices), hosting.environment)
+        self._spares = Spares(member.worker, len(hosting.devices), hosting.environment)
 
     def run(self, spec: JobSpec, inputs: tuple[Any, ...]) -> Any:
         """Run a job on a device of its own, in a process of its own; the task of a job."""
@@ -149,7 +162,7 @@ class _Host:
             try:
                 holder = Holder(f"job {spec.key}", self.member.worker.address)
                 with (
-                    leases_here().lease(self.hosting.devices, spec.gpus, holder, member.check) as lease,
+                    leases_here().lease(self.hosting.devices, spec.gpus, holder, member.may_wait) as lease,
                     self._counted(lease.devices),
                     _told(member, lease.devices),
                     self._work(spec, inputs, lease) as work,
@@ -161,7 +174,11 @@ class _Host:
                         forked=self._spares.take(spec.environment),
                     ) as child,
                 ):
-                    result: bytes = child.run(in_child.run_here, work)
+                    member.waits = False
+                    child.on_end(lease.close)  # the next job does not wait for what is still to do for this one
+                    child.begin(in_child.run_here, work)
+                    self._spares.fill(spec.environment)
+                    result: bytes = child.finish()
                 return opened(result)
             except BaseException:
                 # Of a cancelled task Dask does not look at the end, unless somebody wants it again.
@@ -230,9 +247,19 @@ class _Host:
         leases_here().ignored |= ignored
         self._spares.count += len(more)
         worker, resource, amount = self.member.worker, resource_of(self.hosting.pool), len(self.hosting.devices)
-        await worker.set_resources(**{resource: amount})
+        await worker.set_resources(**{resource: AHEAD * amount})
         token = {"gang": self.member.gang, "attempt": self.member.attempt, "rank": self.member.rank}
         await turns.ask(worker, "offer", **token, worker=worker.address, resource=resource, amount=amount)
+
+    def give_back(self, key: str) -> None:
+        """A job is wanted elsewhere; one that has not begun goes, that one if it can be."""
+        with self._lock:
+            meant = self._jobs.get(key)
+            waiting = [member for member in self._jobs.values() if member.waits]
+        if meant is None:  # it is on its way, here or back
+            return
+        for member in [meant] if meant.waits else waiting[-1:]:
+            member.give_back()
 
     def cancel(self, key: str) -> None:
         """End a job, if it runs here."""
@@ -266,7 +293,7 @@ class _Host:
 
 
 @contextlib.contextmanager
-def _told(member: _JobMember, devices: Sequence[Device]) -> Iterator[None]:
+def _told(member: _JobMember, devices: tuple[Device, ...]) -> Iterator[None]:
     """Tell how long a job has had its devices, where somebody wants to know."""
     start, error = time.perf_counter(), ""
     try:
@@ -278,54 +305,6 @@ def _told(member: _JobMember, devices: Sequence[Device]) -> Iterator[None]:
         if member.spec.detail:
             seconds, names = time.perf_counter() - start, [device.name for device in devices]
             member.emit(Ran, key=member.key, devices=names, seconds=seconds, error=error)
-
-
-class _Spares:
-    """Processes that wait for the next jobs, of the environment that the last job had."""
-
-    def __init__(self, worker: Worker, count: int, environment: Environment) -> None:
-        self._worker = worker
-        self.count = count
-        self._lock = threading.Lock()
-        self._waiting: list[Forked] = []
-        self._environments: dict[Environment, None] = {environment: None}
-        self._closed = False
-        self._fill(environment)
-
-    def take(self, environment: Environment) -> Forked:
-        """A process for a job; the one after it is forked while it works."""
-        server = fork_server(self._worker, environment)
-        with self._lock:
-            self._environments.pop(environment, None)
-            self._environments[environment] = None  # the newest is last
-            oldest = list(self._environments)[:-SERVERS]
-            for name in oldest:
-                del self._environments[name]
-            fit = [spare for spare in self._waiting if spare.server is server and spare.alive]
-            unfit = [spare for spare in self._waiting if spare not in fit]
-            forked = fit.pop(0) if fit else None
-            self._waiting = fit
-        for spare in unfit:
-            spare.discard()
-        threading.Thread(target=self._look_after, args=(environment, oldest), name="jobs-spares", daemon=True).start()
-        return forked or Forked(self._worker, environment)
-
-    def _look_after(self, environment: Environment, oldest: Sequence[Environment]) -> None:
-        self._fill(environment)
-        end_servers(self._worker, oldest)
-
-    def _fill(self, environment: Environment) -> None:
-        with self._lock:
-            while not self._closed and len(self._waiting) < self.count:
-                self._waiting.append(Forked(self._worker, environment))
-
-    def close(self) -> None:
-        """End them, and the fork servers; they are gone when this returns."""
-        with self._lock:
-            self._closed, waiting, self._waiting = True, self._waiting, []
-        for spare in waiting:
-            spare.discard()
-        end_servers(self._worker, self._environments)
 
 
 _hosts: dict[tuple[str, str], _Host] = {}
@@ -345,6 +324,13 @@ class _Cancelling:
                     host.cancel(key)
 
 
+def _give_back(worker: Worker, resource: str, key: str) -> None:
+    """Stream handler on a worker: a job that it has not begun is wanted elsewhere."""
+    for (address, pool), host in list(_hosts.items()):
+        if address == worker.address and resource == resource_of(pool):
+            host.give_back(key)
+
+
 def host_devices(member: WorkerMember, hosting: Hosting) -> None:
     """The function of a pool's member: offer its devices until the pool is closed."""
     worker, resource = member.worker, resource_of(hosting.pool)
@@ -353,6 +339,7 @@ def host_devices(member: WorkerMember, hosting: Hosting) -> None:
     leases_here().ignored |= hosting.ignored
     guard_current_frames()  # each job has some threads
     worker.plugins.setdefault(_PLUGIN, _Cancelling(worker))
+    worker.stream_handlers.setdefault(GIVE_BACK, partial(_give_back, worker))
     with member_spool(member) as (spool, folder):
         host = _hosts[worker.address, hosting.pool] = _Host(member, hosting, spool, folder)
         try:
@@ -369,7 +356,7 @@ def host_devices(member: WorkerMember, hosting: Hosting) -> None:
 
 def _offer(member: WorkerMember, resource: str, amount: int) -> None:
     worker = member.worker
-    sync(worker.loop, worker.set_resources, **{resource: amount})
+    sync(worker.loop, worker.set_resources, **{resource: AHEAD * amount})
     member.ask("offer", worker=worker.address, resource=resource, amount=amount)
 
 

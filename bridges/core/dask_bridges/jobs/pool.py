@@ -3,43 +3,36 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import dataclasses
 import logging
-import math
 import sys
 import uuid
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from pkgutil import resolve_name
 from typing import Any
 
 from dask._task_spec import TaskRef
-from dask.utils import funcname, parse_bytes
+from dask.utils import funcname
 from distributed import Client, Future
 
-from dask_bridges import clients, config, placement, turns
-from dask_bridges.about import About, card
-from dask_bridges.devices.finding import Group, find_groups
+from dask_bridges import clients, config, placement
+from dask_bridges.about import card
+from dask_bridges.devices.finding import find_groups
 from dask_bridges.errors import BridgeError, GangTimeout, PlacementError
-from dask_bridges.events import Ended, Event, EventStream, Finished, Listener, Memory, Planned, Started
-from dask_bridges.gang import Gang, GangPlan
+from dask_bridges.events import EventStream, Listener
 from dask_bridges.jobs import hosting
 from dask_bridges.jobs.calls import pack
-from dask_bridges.jobs.events import Offered
-from dask_bridges.jobs.hosting import Hosting, JobSpec, host_devices, resource_of, run_job
+from dask_bridges.jobs.hosting import JobSpec, resource_of, run_job
+from dask_bridges.jobs.offering import LABEL, Offering, Shared
+from dask_bridges.jobs.setup import Setup
 from dask_bridges.jobs.status import PoolStatus
-from dask_bridges.plugins import installed
-from dask_bridges.processes import Environment
+from dask_bridges.jobs.terms import Terms
 from dask_bridges.reporting import asked, written
 from dask_bridges.shipping import sealed_task
 
 __all__ = ["DevicePool"]
 
 logger = logging.getLogger(__name__)
-
-LABEL = "DevicePool"
 
 #: Seconds between two looks at whether workers have come.
 LOOK = 2.0
@@ -126,13 +119,11 @@ class DevicePool:
         self.events = EventStream(self.id, KEPT)
         self._named = devices
         self._workers = [workers] if isinstance(workers, str) else workers and list(workers)
-        self._timeout = None if timeout is None else config.seconds("timeout", timeout)
         self._preload = preload
-        self._setup = _Setup.of(preload)
-        self._hosts: dict[str, _HostOf] = {}
-        self._seen: set[str] = set()
+        limit = None if timeout is None else config.seconds("timeout", timeout)
+        self._shared = Shared(self.client, self.id, self.events, limit, Setup.of(preload), self._recorder)
+        self._hosts: dict[str, Offering] = {}
         self._futures: weakref.WeakSet[Future] = weakref.WeakSet()
-        self._changed = asyncio.Event()
         self._watching: asyncio.Future[None] | None = None
         self._state = "new"
         if not self.client.asynchronous:
@@ -156,9 +147,9 @@ class DevicePool:
 
     async def _look(self, first: bool = False) -> None:
         """Find the devices of workers that have come."""
-        workers = await placement.usable_workers(self.client, self._workers, self._timeout)
+        workers = await placement.usable_workers(self.client, self._workers, self._shared.timeout)
         there = {worker.address for worker in workers}
-        if first or there - self._seen:
+        if first or there - self._shared.seen:
             groups = await find_groups(self.client, workers, self._named, strict=first)
             if not groups and first:
                 table = "\n  ".join(f"{worker.address}: resources {worker.resources or 'none'}" for worker in workers)
@@ -176,19 +167,19 @@ class DevicePool:
                 if group.name in self._hosts:
                     await self._hosts[group.name].update(group)
                 else:
-                    self._hosts[group.name] = _HostOf(self, group)
-            self._seen = there
+                    self._hosts[group.name] = Offering(self._shared, group)
+            self._shared.seen = there
 
     async def _check_modules(self, workers: Sequence[str]) -> None:
         """See that the workers have what is imported ahead; what nobody has named is left out otherwise."""
-        for module in self._setup.modules:
+        for module in self._shared.setup.modules:
             try:
                 await placement.check_packages(self.client, workers, [module], imports=False)
             except PlacementError as error:
                 if self._preload is not None:
                     raise
                 logger.info("[pool %s] %s is not imported ahead for the jobs: %s", self.id, module, error)
-                self._setup = self._setup.without(module)
+                self._shared.setup = self._shared.setup.without(module)
 
     async def _until_offered(self) -> None:
         """Wait until the devices of all hosts are offered."""
@@ -199,7 +190,7 @@ class DevicePool:
                     for host in self._hosts.values():
                         if host.failed is not None:
                             raise host.failed
-                    await self._changed.wait()
+                    await self._shared.change()
         except TimeoutError:
             late = ", ".join(host.group.name for host in self._hosts.values() if not host.offered)
             raise GangTimeout(
@@ -214,10 +205,6 @@ class DevicePool:
                 await self._look()
             except (OSError, BridgeError) as error:
                 logger.info("[pool %s] %s", self.id, error)
-
-    def _tell_change(self) -> None:
-        self._changed.set()
-        self._changed = asyncio.Event()
 
     def close(self) -> Any:
         """Cancel the jobs that are not done, and end; no process, lease or file is left when this returns."""
@@ -297,7 +284,7 @@ class DevicePool:
         ValueError, TypeError
             If `gpus` or `memory` is no such number, or `fn` cannot be pickled.
         """
-        (future,) = self._submit(fn, [(args, kwargs)], gpus, memory, priority, retries, env)
+        (future,) = self._submit(fn, [(args, kwargs)], Terms(gpus, memory, priority, retries, env))
         return future
 
     def map(
@@ -329,29 +316,25 @@ class DevicePool:
             In the order of the items.
         """
         calls = [(args, kwargs) for args in zip(*iterables)]
-        return self._submit(fn, calls, gpus, memory, priority, retries, env)
+        return self._submit(fn, calls, Terms(gpus, memory, priority, retries, env))
 
     def _submit(
         self,
         fn: Callable[..., Any],
         calls: Sequence[tuple[Sequence[Any], Mapping[str, Any]]],
-        gpus: float,
-        memory: int | str | None,
-        priority: int,
-        retries: int,
-        env: Mapping[str, str] | None,
+        terms: Terms,
     ) -> list[Future]:
         if not callable(fn):
             raise TypeError(f"the first argument is the function to call, not {type(fn).__name__}")
-        self._check(gpus)
-        limit = _bytes(memory)
-        environment, limits = self._setup.environment(self.id, env), self._setup.limits
+        self._check(terms.gpus)
+        setup, limit = self._shared.setup, terms.limit
+        environment = setup.environment(self.id, terms.env)
         name, number = funcname(fn), uuid.uuid4().hex
         graph, keys, digits = {}, [], len(str(len(calls)))
         for at, (args, kwargs) in enumerate(calls):
             call, futures = pack(fn, args, kwargs)
             key = f"{name}-{number}-{at:0{digits}}" if len(calls) > 1 else f"{name}-{number}"  # Dask sorts them
-            spec = JobSpec(self.id, key, call, gpus, limit, environment, limits)
+            spec = JobSpec(self.id, key, call, terms.gpus, limit, environment, setup.limits)
             graph[key] = sealed_task(key, run_job, spec, inputs=tuple(TaskRef(future.key) for future in futures))
             keys.append(key)
         clients.lend_slot()
@@ -359,9 +342,9 @@ class DevicePool:
             graph,
             keys,
             sync=False,
-            priority=priority,
-            retries=retries,
-            resources={resource_of(self.id): gpus},
+            priority=terms.priority,
+            retries=terms.retries,
+            resources={resource_of(self.id): terms.gpus},
             fifo_timeout="0s",  # strictly in the order asked
         )
         self._futures.update(futures)
@@ -371,9 +354,6 @@ class DevicePool:
         if self._state != "open":
             hint = "was closed" if self._state == "closed" else "is not open yet: await it, or use `async with`"
             raise PlacementError(f"the pool {hint}")
-        number = isinstance(gpus, int | float) and not isinstance(gpus, bool) and math.isfinite(gpus) and gpus > 0
-        if not number or (gpus > 1 and gpus != int(gpus)) or (gpus < 1 and math.frexp(gpus)[0] != 0.5):
-            raise ValueError(f"gpus={gpus!r}: pass how many devices, or 1/2, 1/4, 1/8, … for a share of one")
         most = max((len(host.group.devices) for host in self._hosts.values()), default=0)
         if gpus > most:
             there = ", ".join(f"{host.group.name} has {len(host.group.devices)}" for host in self._hosts.values())
@@ -424,126 +404,3 @@ class DevicePool:
         ]
         caption = f"DevicePool {self.id}: {self._state}, {unfinished} jobs unfinished"
         return card(caption, ["device", "of", "offered by"], rows)
-
-
-def _bytes(memory: int | str | None) -> int:
-    """A limit in bytes; 0 for none."""
-    try:
-        limit = int(parse_bytes(memory)) if memory is not None else 0
-    except (ValueError, TypeError, AttributeError):
-        limit = -1
-    if limit < 0:
-        raise ValueError(f"memory={memory!r}: pass a number of bytes, or a text such as '8 GiB'")
-    return limit
-
-
-class _HostOf:
-    """The host of one group of devices, anew where it is lost with its worker."""
-
-    def __init__(self, pool: DevicePool, group: Group) -> None:
-        self.pool = pool
-        self.group = group
-        self.worker = ""  # that offers the devices now
-        self.failed: BaseException | None = None
-        self._gang: Gang | None = None
-        self._closing = False
-        self._running = asyncio.ensure_future(self._run())
-
-    @property
-    def offered(self) -> bool:
-        """Whether its devices are there."""
-        return bool(self.worker)
-
-    async def update(self, group: Group) -> None:
-        """Its workers have changed, and maybe brought devices."""
-        known = {device.key for device in self.group.devices}
-        more = tuple(device for device in group.devices if device.key not in known)
-        if self.offered and more:
-            who = [self.worker]
-            await self.pool.client.run(hosting.extend_here, self.pool.id, more, frozenset(group.pids), workers=who)
-        self.group = group
-        self.pool._tell_change()
-
-    async def _run(self) -> None:
-        while not self._closing:
-            group = self.group
-            plan = GangPlan(
-                LABEL,
-                host_devices,
-                [
-                    Hosting(
-                        self.pool.id,
-                        tuple(group.devices),
-                        frozenset(group.pids),
-                        config.seconds("job-stop-timeout"),
-                        self.pool._setup.environment(self.pool.id, None),
-                    )
-                ],
-                list(group.workers),
-                exclusive=False,
-                timeout=self.pool._timeout,
-                names=[group.name],
-                about=About(self.pool.id, {"preload": self.pool._setup.modules}, self.pool._setup.modules),
-            )
-            self._gang = Gang(self.pool.client, plan)
-            self._gang.events.listen(self._notice)
-            if self.pool._recorder is not None:
-                self._gang.events.listen(self.pool._recorder)
-            try:
-                await self._gang.run()
-            except (BridgeError, OSError) as error:
-                self.failed = error
-                logger.warning("[pool %s] the devices of %s are gone: %s", self.pool.id, group.name, error)
-            self.worker = ""
-            self.pool._tell_change()
-            while not self._closing and self.group is group:  # until a look finds its workers changed
-                self.pool._seen.clear()
-                await self.pool._changed.wait()
-
-    def _notice(self, event: Event) -> None:
-        if isinstance(event, Offered):
-            self.worker, self.failed = event.worker, None
-            self.pool._tell_change()
-        elif not isinstance(event, Started | Finished | Memory | Planned | Ended):
-            self.pool.events.publish(dataclasses.replace(event, gang=self.pool.id, attempt=1))
-
-    async def close(self) -> None:
-        """End it, with its jobs."""
-        self._closing = True
-        if self._gang is not None and self.offered:
-            with contextlib.suppress(OSError):  # without a scheduler it has ended
-                await turns.ask(self.pool.client, "settle", gang=self._gang.id, reason="the pool was closed")
-                await asyncio.wait({self._running}, timeout=self._gang.deadlines.child_stop_timeout)
-        self._running.cancel()
-        await asyncio.gather(self._running, return_exceptions=True)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Setup:
-    """What the jobs' processes find imported and set, and who limits the memory of which framework."""
-
-    modules: tuple[str, ...]
-    variables: Mapping[str, str | None]
-    limits: Mapping[str, str]
-
-    @classmethod
-    def of(cls, preload: Sequence[str] | None) -> _Setup:
-        known = [plugin.children for plugin in installed()[0] if plugin.children is not None]
-        here = [module for children in known for module in children.modules if module in sys.modules]
-        modules = tuple(dict.fromkeys(here if preload is None else map(str, preload)))
-        variables: dict[str, str | None] = {}
-        for children in known:
-            if children.variables and set(children.modules) & set(modules):
-                variables |= resolve_name(children.variables)()
-        limits = {children.modules[0]: children.memory for children in known if children.memory}
-        return cls(modules, variables, limits)
-
-    def without(self, module: str) -> _Setup:
-        """The same without one of the modules."""
-        return dataclasses.replace(self, modules=tuple(name for name in self.modules if name != module))
-
-    def environment(self, pool: str, env: Mapping[str, str] | None) -> Environment:
-        """Of one job; pools share no fork servers, since these end with their pool."""
-        variables = {"DASK_BRIDGES_POOL": pool, **self.variables, **(env or {})}
-        # What every job's process needs is imported before it is forked, too.
-        return Environment(("dask_bridges.jobs.job", *self.modules), tuple(sorted(variables.items())))

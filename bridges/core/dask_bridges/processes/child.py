@@ -17,6 +17,7 @@ import itertools
 import os
 import pickle
 import queue
+import select
 import signal
 import sys
 import threading
@@ -48,8 +49,10 @@ class ChildMember(Member):
 
     def say(self, *words: Any) -> None:
         """Say something to the host."""
+        # The pipe's own `send` makes a pickler that touches many pages, each of which is copied for this process.
+        packet = pickle.dumps(words)
         with self._sending:
-            self._pipe.send(words)
+            self._pipe.send_bytes(packet)
 
     def send(self, message: dict[str, Any]) -> None:
         """Send an event, as plain data."""
@@ -70,22 +73,33 @@ class ChildMember(Member):
         os._exit(0)
 
     def live(self) -> None:
-        """Listen to the host and give signs of life, on threads of their own."""
-        for work in (self._listen, self._beat):
-            threading.Thread(target=work, daemon=True).start()
+        """Listen to the host and give signs of life, on a thread of its own."""
+        threading.Thread(target=self._listen, daemon=True).start()
 
     def _listen(self) -> None:
+        pause = min(BEAT, BEATS * self.spec.deadlines.hang_timeout)
+        heard = select.poll()
+        heard.register(self._pipe.fileno(), select.POLLIN)
+        beat = time.monotonic() + pause
         try:
             while True:
-                match self._pipe.recv():
-                    case ("stop", reason):
-                        self.stop(reason)
-                    case ("answer", number, answer):
-                        self._answers.pop(number).put(answer)
-                    case ("call", number, call):
-                        threading.Thread(target=self._call, args=(number, call), daemon=True).start()
+                if heard.poll(1e3 * max(0.0, beat - time.monotonic())):
+                    self._heed(self._pipe.recv())
+                else:
+                    self.say("alive")
+                    beat = time.monotonic() + pause
         except (EOFError, OSError):  # the worker is gone
             os.killpg(0, signal.SIGKILL)
+
+    def _heed(self, words: tuple[Any, ...]) -> None:
+        """Do what the host says."""
+        match words:
+            case ("stop", reason):
+                self.stop(reason)
+            case ("answer", number, answer):
+                self._answers.pop(number).put(answer)
+            case ("call", number, call):
+                threading.Thread(target=self._call, args=(number, call), daemon=True).start()
 
     def _call(self, number: int, call: bytes) -> None:
         """Do what the host asks for meanwhile."""
@@ -95,12 +109,6 @@ class ChildMember(Member):
         except BaseException as error:
             words = _raised(error)
         self.say("answer", number, *words)
-
-    def _beat(self) -> None:
-        pause = min(BEAT, BEATS * self.spec.deadlines.hang_timeout)
-        while True:
-            time.sleep(pause)
-            self.say("alive")
 
 
 def main(pipe: Connection) -> None:

@@ -11,7 +11,7 @@ from multiprocessing import Pipe
 
 from distributed import Worker
 
-from dask_bridges.processes.forkserver import Environment, Process, fork_server
+from dask_bridges.processes.forkserver import Environment, ForkServer, Process, fork_server
 from dask_bridges.processes.output import Output
 from dask_bridges.processes.server import pass_descriptors
 
@@ -25,6 +25,8 @@ class Forked:
     ----------
     worker : distributed.Worker
     environment : Environment
+    server : ForkServer, optional
+        The worker's one for that environment, by who has just asked for it.
 
     Attributes
     ----------
@@ -35,11 +37,11 @@ class Forked:
     output : Output
     """
 
-    def __init__(self, worker: Worker, environment: Environment) -> None:
+    def __init__(self, worker: Worker, environment: Environment, server: ForkServer | None = None) -> None:
         self.output = Output()
         self.pipe, theirs = Pipe()
         try:
-            self.server = fork_server(worker, environment)
+            self.server = server or fork_server(worker, environment)
             self.process: Future[Process] = self.server.fork([theirs.fileno(), *self.output.theirs])
         finally:
             theirs.close()

@@ -118,7 +118,8 @@ class Child:
         self._heard = 0  # how often the child gave a sign of life
         self._deadline = float("inf")
         self._killed_because, self._killed_at = "", float("inf")
-        self._killings = _killings_for_memory()
+        # At the last two looks: the last one may have been after the child was killed, and before that was known.
+        self._killings = [_killings_for_memory()] * 2
         self._working = threading.Event()  # the child has its work, or never will
         self._numbers = itertools.count()
         self._calls: dict[int, futures.Future[tuple[Any, ...]]] = {}
@@ -146,12 +147,21 @@ class Child:
 
     def run(self, function: Callable[[Any, Any], Any], payload: Any) -> Any:
         """Have the child run ``function(member, payload)``, serve it until it has ended, and give the result."""
+        self.begin(function, payload)
+        return self.finish()
+
+    def begin(self, function: Callable[[Any, Any], Any], payload: Any) -> None:
+        """The first half of `run`: give the child its work."""
         work = dumps(replace(self.member.spec, function=function, payload=payload))
-        last: tuple[Any, ...] = ()
         with contextlib.suppress(EOFError, OSError):  # it has ended, however
             self._forked.begin(work, self._descriptors, self._variables)
             self._working.set()
             self.member.on_stop(self._stop)  # not before: the child reads its work first
+
+    def finish(self) -> Any:
+        """The second half of `run`."""
+        last: tuple[Any, ...] = ()
+        with contextlib.suppress(EOFError, OSError):
             while not last:
                 last = self._serve(self._pipe.recv())
             self._finish_by(time.monotonic() + self._limits.child_stop_timeout)
@@ -159,6 +169,10 @@ class Child:
         self._forked.output.end()
         self._end_calls()
         return self._outcome(last)
+
+    def on_end(self, callback: Callable[[], Any]) -> None:
+        """Call `callback` as soon as the process is gone; it must not block."""
+        self._process.ended.add_done_callback(lambda _: callback())
 
     def call(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Have the running child call `function` on a thread of its own; from any thread."""
@@ -253,7 +267,7 @@ class Child:
         name = signal.Signals(-code).name
         if name != "SIGKILL":
             return f"it crashed ({name})"
-        if _killings_for_memory() > self._killings:
+        if _killings_for_memory() > self._killings[0]:
             return "it was killed for memory, by the kernel (SIGKILL)"
         return "it was killed from outside (SIGKILL)"
 
@@ -272,6 +286,7 @@ class Child:
             silence = silence + passed if heard == self._heard else 0.0
             quiet = quiet + passed if used == now_used else 0.0
             heard, used = self._heard, now_used
+            self._killings = [self._killings[1], _killings_for_memory()]
             if silence >= self._limits.hang_timeout and quiet >= HOLD * self._limits.hang_timeout:
                 self.kill(f"it was frozen: no heartbeat for {silence:.0f} s and no processor time used")
             elif now >= self._deadline:

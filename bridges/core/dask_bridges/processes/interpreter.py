@@ -17,16 +17,23 @@ from types import FrameType
 __all__ = ["guard_current_frames"]
 
 
+class _Frames(dict[int, FrameType | None]):
+    """Also of threads that have ended since their numbers were noted: Dask notes them first, and a job's end soon."""
+
+    def __missing__(self, ident: int) -> None:
+        return None
+
+
 @functools.cache
 def guard_current_frames() -> None:
     """Have the collector wait while this process looks at its frames; once a process."""
     real = sys._current_frames
 
-    def current_frames() -> dict[int, FrameType]:
+    def current_frames() -> dict[int, FrameType | None]:
         collects = gc.isenabled()
         gc.disable()
         try:
-            return real()
+            return _Frames(real())
         finally:
             if collects:
                 gc.enable()

@@ -15,12 +15,13 @@ import gc
 import importlib
 import os
 import pickle
+import select
 import signal
 import socket
 import sys
 import tempfile
 from collections.abc import Iterator
-from multiprocessing.connection import Connection, wait
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import IO, Any
 
@@ -47,10 +48,14 @@ def hear(control: socket.socket) -> tuple[tuple[Any, ...], list[int]]:
     return (pickle.loads(packet) if packet else ()), list(fds)
 
 
+if sys.platform == "linux":
+    _prctl = ctypes.CDLL(None).prctl  # looked up once, and not by each child
+
+
 def die_with(parent: int) -> None:
     """Have the kernel kill this process when the thread that started it ends; Linux only."""
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+        _prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
         if os.getppid() != parent:
             os.kill(os.getpid(), signal.SIGKILL)
 
@@ -58,7 +63,7 @@ def die_with(parent: int) -> None:
 def _adopt_orphans() -> None:
     """Have the kernel give this process the children of its children that lose their parent; Linux only."""
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(36, 1)  # PR_SET_CHILD_SUBREAPER
+        _prctl(36, 1)  # PR_SET_CHILD_SUBREAPER
 
 
 class _Server:
@@ -76,12 +81,15 @@ class _Server:
 
     def serve(self) -> list[int]:
         """Serve until the worker is gone or wants no more; in a child that was forked, its descriptors at once."""
+        look = select.poll()
+        for heard in (self.control, self.wakeup):
+            look.register(heard.fileno(), select.POLLIN)
         while not (self.retired and not self.children):
-            ready = wait([self.control, self.wakeup])  # select knows no descriptors from 1024
-            if self.wakeup in ready:
+            ready = {fd for fd, _ in look.poll()}
+            if self.wakeup.fileno() in ready:
                 self.wakeup.recv(4096)
                 self.reap()
-            if self.control in ready:
+            if self.control.fileno() in ready:
                 words, fds = hear(self.control)
                 match words:
                     case ("fork", number):

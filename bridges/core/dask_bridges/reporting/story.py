@@ -44,6 +44,8 @@ FINEST, PIECES = 1500, 30_000
 SERIES = 60
 #: What is left of a span between others in it, and is shorter than this, is no piece of its own.
 SLIVER = 0.002
+#: For how long a job may still be seen to while the next one has its device.
+HANDOVER = 0.1
 
 
 @dataclass
@@ -416,7 +418,7 @@ class Story:
         start, text = event.time - event.seconds, f"{event.key}{f': {event.error}' if event.error else ''}"
         for device in event.devices:
             row, lane = run.row(f"{device} on {worker}"), 1
-            while row.pieces and row.pieces[-1].end > start + SLIVER:  # jobs that share it
+            while row.pieces and row.pieces[-1].end > start + HANDOVER:  # jobs that share it
                 lane += 1
                 row = run.row(f"{device} on {worker}, {lane}")
             row.add(Piece(start, event.time, {"compute": event.seconds}, text=text))
