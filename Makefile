@@ -37,6 +37,7 @@ bench: $(VENV)/.dev  ## the benchmarks, each beside its peer
 	$(BIN)/python benchmarks/tf_feed.py
 	$(BIN)/python benchmarks/tf_cluster.py
 	$(BIN)/python benchmarks/keras_fit.py
+	$(BIN)/python benchmarks/report_cost.py
 
 docs: $(VENV)/.dev  ## the documentation, to docs/_build/html
 	$(PIP) install --quiet -e ".[docs]"

@@ -21,6 +21,7 @@ from dask_bridges.errors import (
     MemberLost,
     PlacementError,
 )
+from dask_bridges.reporting import report
 
 if TYPE_CHECKING:
     from dask_bridges.overview import RunningGang, gangs
@@ -35,6 +36,7 @@ __all__ = [
     "RunningGang",
     "__version__",
     "gangs",
+    "report",
 ]
 
 _config.set_defaults()

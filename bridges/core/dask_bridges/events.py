@@ -15,6 +15,8 @@ from collections.abc import Callable
 from typing import Any, ClassVar
 
 __all__ = [
+    "Down",
+    "Ended",
     "Event",
     "EventStream",
     "Failed",
@@ -23,10 +25,19 @@ __all__ = [
     "Listener",
     "Log",
     "Lost",
+    "Memory",
     "Metrics",
+    "Offered",
+    "Placed",
+    "Planned",
     "Progress",
+    "Ran",
+    "Reported",
     "Span",
+    "Spent",
     "Started",
+    "Up",
+    "begun",
     "from_message",
     "topic_of",
 ]
@@ -92,10 +103,37 @@ class Metrics(Event):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Span(Event):
-    """`seconds` went into `kind`: wait, receive, build, compute or communicate."""
+    """`seconds` went into `kind`: wait, receive, build, compute, communicate or checkpoint."""
 
     kind: str
     seconds: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Spent(Event):
+    """What the last `window` seconds went into, where it was in many pieces; told where a listener wants `detail`.
+
+    Attributes
+    ----------
+    window : float
+    seconds : dict of str to float
+        By kind, see `Span`.
+    rows, nbytes : int
+        What was fed to the framework in that time.
+    """
+
+    window: float
+    seconds: dict[str, float]
+    rows: int = 0
+    nbytes: int = 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Memory(Event):
+    """What the member's worker and the member's processes hold in memory; told where a listener wants `detail`."""
+
+    nbytes: int
+    limit: int = 0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -133,7 +171,88 @@ class Lost(Event):
     replaceable: bool = False
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Planned(Event):
+    """The client asks for a gang.
+
+    Attributes
+    ----------
+    label : str
+        What people call it.
+    run : str
+        What its attempts have in common: the id of the call that makes them.
+    names : list of str
+        Of the members, by rank.
+    params, versions : dict
+        What it was asked to do, and the versions of the packages that do it, as text.
+    """
+
+    label: str
+    run: str = ""
+    names: list[str] = dataclasses.field(default_factory=list)
+    params: dict[str, str] = dataclasses.field(default_factory=dict)
+    versions: dict[str, str] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Placed(Event):
+    """Where the partitions of the set `name` lie: the member that has each, with its rows and bytes (0: unknown)."""
+
+    name: str
+    ranks: list[int]
+    rows: list[int]
+    nbytes: list[int] = dataclasses.field(default_factory=list)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Up(Event):
+    """A member's process is there, the first time or again."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Down(Event):
+    """A member's process is gone, and starts again."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Offered(Event):
+    """A worker offers its devices to the jobs of a pool."""
+
+    worker: str
+    devices: list[str] = dataclasses.field(default_factory=list)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Ran(Event):
+    """A job has had its devices for so many seconds, and is over; told where a listener wants `detail`."""
+
+    key: str
+    devices: list[str]
+    seconds: float
+    error: str = ""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Reported(Event):
+    """A job says how far it is: values such as ``{"val_loss": 0.3}`` after step `step`; `key` is its future's."""
+
+    key: str
+    step: int
+    values: dict[str, float]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Ended(Event):
+    """The client's word that the gang is over; where it failed, why, and the rank of the cause (-1: none)."""
+
+    error: str = ""
+    cause: int = -1
+
+
 Listener = Callable[[Event], None]
+
+#: Called with the stream of each gang that this process starts, before it starts.
+begun: list[Callable[[EventStream], None]] = []
 
 
 def topic_of(gang: str) -> str:
@@ -156,7 +275,8 @@ class EventStream:
 
     Listeners are called on the client's event loop and must not block; only the
     past is told to a new one where it is attached. One that raises is reported and
-    dropped.
+    dropped. One that has a true attribute `detail`, and is there before the gang starts, has
+    members tell more (`Spent`, `Memory`).
 
     Parameters
     ----------
@@ -178,6 +298,7 @@ class EventStream:
     def __init__(self, gang: str, keep: int | None = None) -> None:
         self.gang = gang
         self.attempt = 1
+        self.detail = False
         self.events: list[Event] = []
         self._keep = keep
         self._listeners: list[Listener] = []
@@ -186,6 +307,7 @@ class EventStream:
     def listen(self, listener: Listener) -> None:
         """Call `listener` with every event, those of the past first."""
         with self._lock:
+            self.detail = self.detail or bool(getattr(listener, "detail", False))
             for event in list(self.events):
                 listener(event)
             self._listeners.append(listener)

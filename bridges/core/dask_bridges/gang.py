@@ -16,10 +16,11 @@ from typing import Any
 
 from distributed import Client, Future
 
-from dask_bridges import config, turns
+from dask_bridges import config, events, turns
+from dask_bridges.about import About, card
 from dask_bridges.config import Deadlines
 from dask_bridges.errors import GangTimeout, MemberFailed, MemberLost, PlacementError, WorkerLeft
-from dask_bridges.events import Event, EventStream, Log, Lost, Span, Started, topic_of
+from dask_bridges.events import Ended, Event, EventStream, Log, Lost, Placed, Planned, Span, Started, topic_of
 from dask_bridges.member import MemberSpec, never_collateral
 from dask_bridges.rootcause import RootCause
 from dask_bridges.running import RunningMembers
@@ -59,6 +60,8 @@ class GangPlan:
     replaceable : collection of int
         Ranks without which the others go on: one that is lost with its worker starts again on another
         worker of its host.
+    about : About
+        What a report tells of it.
     finishes : bool
         Whether members look at `Member.finishing`, and end early with a result.
     """
@@ -74,6 +77,7 @@ class GangPlan:
     collateral: Callable[[BaseException], bool] = field(default=never_collateral)
     names: Sequence[str] = ()
     replaceable: Collection[int] = ()
+    about: About = field(default_factory=About)
     finishes: bool = False
 
     @property
@@ -112,7 +116,20 @@ class Gang:
         self._lost, self._started = asyncio.Event(), asyncio.Event()
         self.members = RunningMembers(client)
         self._replacing: set[asyncio.Task[None]] = set()
+        self._state = "new"
         self.events.listen(self._notice)
+        for told in list(events.begun):
+            told(self.events)
+
+    def __repr__(self) -> str:
+        return f"<Gang {self.id}: {self.plan.label}, {len(self.plan.payloads)} members, {self._state}>"
+
+    def _repr_html_(self) -> str:
+        workers: Sequence[str] = self.members.workers
+        rows = zip(self.plan.called, workers or [""] * len(self.plan.payloads))
+        return card(
+            f"{self.plan.label}, gang {self.id}, attempt {self.attempt}: {self._state}", ["member", "worker"], rows
+        )
 
     async def run(self) -> list[Any]:
         """Run it to its end.
@@ -134,17 +151,40 @@ class Gang:
             If a worker died.
         """
         models_move()
+        self._tell_plan()
         await turns.register(self.client)
         topic = topic_of(self.id)
         self.client.subscribe_topic(topic, self.events.receive)
-        reason = "the client gave up"
+        reason, error = "the client gave up", ""
+        self._state = "waits for its turn"
         try:
             workers = await self._take_turn()
+            self._state = "runs"
             results = await self._run_members(workers)
             reason = "finished"
             return results
+        except BaseException as failure:
+            error = f"{type(failure).__name__}: {failure}"
+            self._tell_end(error, getattr(failure, "rank", -1))
+            raise
         finally:
+            self._state = f"failed: {error}" if error else "finished"
             await asyncio.shield(self._release(topic, reason))
+            if not error:
+                self._tell_end()
+
+    def _tell_plan(self) -> None:
+        """What the gang is to do, where somebody wants to know."""
+        if self.events.detail:
+            about, plan = self.plan.about, self.plan
+            told = {"run": about.run or self.id, "params": about.told, "versions": about.versions}
+            self._emit(Planned, label=plan.label, names=list(plan.called), **told)
+            for name, lie in about.sets.items():
+                self._emit(Placed, name=name, **lie)
+
+    def _tell_end(self, error: str = "", cause: int = -1) -> None:
+        if self.events.detail:
+            self._emit(Ended, error=error, cause=cause)
 
     async def _release(self, topic: str, reason: str) -> None:
         """Give the places back; without a scheduler there are none."""
@@ -247,6 +287,7 @@ class Gang:
                 collateral=plan.collateral,
                 deadlines=self.deadlines,
                 name=name,
+                detail=self.events.detail,
             )
             for rank, (name, payload) in enumerate(zip(plan.called, plan.payloads))
         ]

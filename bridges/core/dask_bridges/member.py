@@ -19,7 +19,8 @@ from distributed.comm import get_address_host
 
 from dask_bridges.config import Deadlines
 from dask_bridges.errors import GangTimeout, MemberStopped
-from dask_bridges.events import Event, Log, Metrics, Progress, Span
+from dask_bridges.events import Event, Log, Metrics, Progress, Span, Up
+from dask_bridges.tally import Tally
 
 __all__ = ["Member", "MemberSpec"]
 
@@ -60,6 +61,8 @@ class MemberSpec:
         What people call the member, "worker:1"; "member 1" by default.
     incarnation : int
         How often it was lost with its worker and replaced.
+    detail : bool
+        Whether somebody wants to know what its time goes into, see `Member.tally`.
     """
 
     gang: str
@@ -73,6 +76,7 @@ class MemberSpec:
     collateral: Callable[[BaseException], bool] = never_collateral
     name: str = ""
     incarnation: int = 0
+    detail: bool = False
 
 
 class Member(ABC):
@@ -85,6 +89,8 @@ class Member(ABC):
     gang, label, name : str
     host : str
         The host by which the other workers reach this one.
+    tally : Tally
+        Adds up what is too short for a `span` each.
     finishing : bool
         Whether somebody has asked it to end after what it is at, with a result. Not all members hear of it at the
         same time: those that go in step agree first.
@@ -100,6 +106,7 @@ class Member(ABC):
         self.incarnation = spec.incarnation
         self.world_size = len(spec.workers)
         self.host: str = host_of(spec.workers[spec.rank])
+        self.tally = Tally(self.emit, spec.detail)
         self.finishing = False
         self._step = 0
         self._stop_reason: str | None = None
@@ -138,8 +145,14 @@ class Member(ABC):
             self.emit_span(kind, time.perf_counter() - start)
 
     def emit_span(self, kind: str, seconds: float) -> None:
-        """Say that `seconds` went into `kind`: wait, receive, build, compute or communicate."""
+        """Say that `seconds` went into `kind`: wait, receive, build, compute, communicate or checkpoint."""
         self.emit(Span, kind=kind, seconds=float(seconds))
+
+    def ready(self) -> None:
+        """All that comes before the work is over, and was starting; told where somebody wants to know."""
+        self.tally.begin()
+        if self.spec.detail:
+            self.emit(Up)
 
     # Peers
 

@@ -10,20 +10,28 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import time
 from collections.abc import Iterator
 from typing import Any
 
+import psutil
 from distributed import Worker, get_worker, secede
 from distributed.core import Status
 from distributed.utils import sync
 
 from dask_bridges import arbiter, turns
 from dask_bridges.errors import MemberFailed, MemberStopped, StaleMember
-from dask_bridges.events import Failed, Finished, Started, topic_of
+from dask_bridges.events import Failed, Finished, Memory, Spent, Started, topic_of
 from dask_bridges.member import Member, MemberSpec
+from dask_bridges.watchdog import time_used
 from dask_serializers.hooks import activate as models_move
 
 __all__ = ["WorkerMember", "run_member"]
+
+#: Seconds between two looks at a member's memory, and the share of its time so far: a long run is told of less often.
+WEIGH, WEIGH_SHARE = 0.5, 1 / 200
+#: Share of the time that a process uses the processor for which counts as none.
+IDLE = 0.02
 
 #: Below Dask's own, whose lines `Client.get_worker_logs` shows.
 logger = logging.getLogger("distributed.worker.dask_bridges")
@@ -38,12 +46,18 @@ class WorkerMember(Member):
         The Dask worker that hosts the member.
     outcome : str
         How it ends, see `Arbiter.tell`; empty if it had no place.
+    processes : set of int
+        Those that work for it.
+    by_processor : bool
+        Whether nothing else tells when these compute than that they use the processor.
     """
 
     def __init__(self, spec: MemberSpec, worker: Worker) -> None:
         super().__init__(spec)
         self.worker = worker
         self.outcome = ""
+        self.processes: set[int] = set()
+        self.by_processor = False
         self._failed = False
 
     def send(self, message: dict[str, Any]) -> None:
@@ -95,6 +109,58 @@ class WorkerMember(Member):
         self.worker.loop.add_callback(self.worker.batched_send, message)
 
 
+class _Weighing:
+    """Tells what a member's worker and processes hold in memory, from the worker's event loop, until it is closed."""
+
+    def __init__(self, member: WorkerMember) -> None:
+        self.member = member
+        self._began = self._looked = time.monotonic()
+        self._used = 0.0
+        self._next: object | None = None
+        self._closed = False
+        member.worker.loop.add_callback(self._weigh)
+
+    def _weigh(self) -> None:
+        member = self.member
+        if self._closed:
+            return
+        worker = member.worker
+        held = worker.monitor.get_process_memory() + sum(map(_resident, list(member.processes)))
+        member.emit(Memory, nbytes=int(held), limit=int(worker.memory_manager.memory_limit or 0))
+        self._tell_used()
+        pause = max(WEIGH, WEIGH_SHARE * (time.monotonic() - self._began))
+        self._next = worker.loop.call_later(pause, self._weigh)
+
+    def _tell_used(self) -> None:
+        """Tell the time for which the member's processes have used the processor, where nothing else tells."""
+        now, used = time.monotonic(), sum(map(_time_used, list(self.member.processes)))
+        window, computed, self._looked, self._used = now - self._looked, used - self._used, now, used
+        if self.member.by_processor and computed > IDLE * window:  # less where one has ended
+            self.member.emit(Spent, window=window, seconds={"compute": min(computed, window)})
+
+    def close(self) -> None:
+        self._closed = True
+        self.member.worker.loop.add_callback(self._forget)
+
+    def _forget(self) -> None:
+        if self._next is not None:
+            self.member.worker.loop.remove_timeout(self._next)
+
+
+def _resident(pid: int) -> int:
+    try:
+        return int(psutil.Process(pid).memory_info().rss)
+    except psutil.Error:  # it has just ended
+        return 0
+
+
+def _time_used(pid: int) -> float:
+    try:
+        return time_used(pid)
+    except (OSError, psutil.Error):
+        return 0.0
+
+
 _members: dict[tuple[str, str, int], WorkerMember] = {}
 
 
@@ -119,9 +185,12 @@ def _registered(member: WorkerMember) -> Iterator[None]:
     for operation, handler in ((arbiter.STOP, _stop_members), (arbiter.FINISH, _finish_members)):
         member.worker.stream_handlers.setdefault(operation, functools.partial(handler, member.worker))
     _members[key] = member
+    weighing = _Weighing(member) if member.spec.detail else None
     try:
         yield
     finally:
+        if weighing is not None:
+            weighing.close()
         del _members[key]
         if member.outcome:
             member.tell(member.outcome, left=True)

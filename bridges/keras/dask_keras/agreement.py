@@ -42,6 +42,8 @@ class Agreement(keras.callbacks.CallbackList):  # type: ignore[misc]
         Who keeps checkpoints.
     resumed : Resumed, optional
         What to go on from.
+    row_bytes : int
+        Of what the model is fed.
     """
 
     def __init__(
@@ -54,6 +56,7 @@ class Agreement(keras.callbacks.CallbackList):  # type: ignore[misc]
         steps: int,
         keeper: Keeper | None = None,
         resumed: Resumed | None = None,
+        row_bytes: int = 0,
     ) -> None:
         self._member, self._replicas = member, replicas
         self._keeper, self._resumed, self._users = keeper, resumed, list(callbacks)
@@ -62,7 +65,7 @@ class Agreement(keras.callbacks.CallbackList):  # type: ignore[misc]
         told = replicas.collective.all_gather(json.dumps(_wishes(callbacks)).encode())[0]
         self._some, self._batchwise, self._no_nan = json.loads(told)
         self._spared: list[Any] = []
-        self._epochs, self._steps = epochs, steps
+        self._epochs, self._steps, self._row_bytes = epochs, steps, row_bytes
         self._last = 0.0
         super().__init__(list(callbacks), add_history=True, model=model, verbose=0, epochs=epochs, steps=steps)
 
@@ -73,6 +76,7 @@ class Agreement(keras.callbacks.CallbackList):  # type: ignore[misc]
         if self._begun:  # one epoch of a training that was interrupted is over
             return
         self._begun = True
+        self._member.ready()
         with plain(self.model):
             super().on_train_begin(logs)
         self._follow()
@@ -101,7 +105,9 @@ class Agreement(keras.callbacks.CallbackList):  # type: ignore[misc]
         changed = self._call(super().on_train_batch_begin, self._past + batch, logs)
         if self._batchwise:
             self._agree_on_state(changed)
-        if not self._replicas.share:
+        share = self._replicas.share
+        self._member.tally.fed(share, share * self._row_bytes)
+        if not share:
             self._spare()
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
@@ -118,6 +124,7 @@ class Agreement(keras.callbacks.CallbackList):  # type: ignore[misc]
         if batch + 1 < self._steps:
             self._keep_if_due(self._epoch, batch + 1)
         self._show(batch)
+        self._member.tally.tell("compute")
 
     def on_test_begin(self, logs: Any = None) -> None:
         """Where rank 0's callbacks set weights to validate with, all have them."""
@@ -136,6 +143,7 @@ class Agreement(keras.callbacks.CallbackList):  # type: ignore[misc]
         """As `on_test_batch_begin`."""
         with plain(self.model):
             super().on_test_batch_end(batch, logs)
+        self._member.tally.tell("compute")
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
         """All stop with rank 0."""
@@ -153,6 +161,7 @@ class Agreement(keras.callbacks.CallbackList):  # type: ignore[misc]
         if not self._replicas.unfinished:
             with plain(self.model):
                 super().on_train_end(logs)
+        self._member.tally.tell("compute", now=True)
 
     def _keep_if_due(self, epoch: int, batch: int, *, last: bool = False) -> None:
         """Keep a checkpoint where it is time."""
@@ -166,7 +175,10 @@ class Agreement(keras.callbacks.CallbackList):  # type: ignore[misc]
             upstream.sync(self.model)
             history = self.model.history
             values = {name: np.asarray(its, np.float64).tolist() for name, its in history.history.items()}
-            keeper.keep(self.model, Position(epoch, batch, bool(self.model.stop_training), values, list(history.epoch)))
+            with self._member.tally.timed("checkpoint"):
+                keeper.keep(
+                    self.model, Position(epoch, batch, bool(self.model.stop_training), values, list(history.epoch))
+                )
 
     # Agreeing
 

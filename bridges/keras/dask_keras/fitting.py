@@ -13,6 +13,7 @@ from dask_bridges import clients, config, placement
 from dask_bridges.checkpoints import Checkpoints
 from dask_bridges.devices import members
 from dask_bridges.errors import DataError
+from dask_bridges.reporting import asked, reported
 from dask_bridges.ui.progress import ProgressBar, wants_bar
 from dask_keras import checks
 from dask_keras.asynchronous import OnServers
@@ -51,6 +52,7 @@ def fit(
     exclusive: bool = True,
     timeout: float | str | None = None,
     allow_plaintext: bool | None = None,
+    report: str | Path | None = None,
 ) -> Any:
     """Train a compiled Keras model, in place, on the workers that hold the data.
 
@@ -113,6 +115,8 @@ def fit(
         Longest wait for workers, for the turn, and for GPUs (``dask-bridges.timeout``).
     allow_plaintext : bool, optional
         On a ``tls://`` cluster, consent to gradients being sent in plain TCP.
+    report : str or Path, optional
+        Where to write a page of who did what when, at the end, see `dask_bridges.report`.
 
     Returns
     -------
@@ -161,7 +165,7 @@ def fit(
     if strategy == "ps":
         on_servers = OnServers(
             client, model, (X, y, sample_weight), validation, servers, workers,
-            start={"timeout": timeout, "allow_plaintext": allow_plaintext},
+            start={"timeout": timeout, "allow_plaintext": allow_plaintext, "report": report},
             fit={
                 "batch_size": batch_size, "epochs": epochs, "initial_epoch": initial_epoch, "shuffle": shuffle,
                 "seed": seed, "steps_per_epoch": steps_per_epoch, "validation_freq": validation_freq,
@@ -178,6 +182,7 @@ def fit(
                 f"dask_tf.start_tensorflow(..., gpus={{'worker': {gpus_per_member}}}), and train by dask_tf.fit"
             )
         return on_servers.run()
+    recorder = asked(report)
     callbacks = checks.listed(callbacks)
     training = Supervised(
         client=client,
@@ -201,13 +206,13 @@ def fit(
             "home": directory(),
         },
         keeping=_keeping(checkpoint, checkpoint_every, checkpoint_seconds),
-        listeners=_listeners(verbose, epochs),
+        listeners=[*_listeners(verbose, epochs), *([] if recorder is None else [recorder])],
         reproducible=seed is not None,
     )
     if validation is not None:
         training.sets = [*training.sets, Given.of("validation", model, "validation_", *validation)]
     training.prepare()
-    return clients.call(client, training.run)
+    return clients.call(client, reported, recorder, training.run)
 
 
 def _listeners(verbose: str | int, epochs: int) -> list[Any]:

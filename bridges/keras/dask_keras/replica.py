@@ -188,7 +188,10 @@ def _fit(
             resumed = Resumed(fit.keeping, model, member.rank, fit.training.rows)
             replicas.step = resumed.step
             _append(callbacks)
-    agreement = Agreement(member, replicas, callbacks, model, fit.epochs, fit.steps_per_epoch, keeper, resumed)
+    row_bytes = fit.training.schema.row_bytes
+    agreement = Agreement(
+        member, replicas, callbacks, model, fit.epochs, fit.steps_per_epoch, keeper, resumed, row_bytes
+    )
     # Of validation that this rank has no rows for, fit wants to see a batch nevertheless.
     val = None if fit.validation is None else once(validation or batches, validation.shares.steps if validation else 1)
     parts = _parts_of(fit, resumed)

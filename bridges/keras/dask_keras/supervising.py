@@ -6,6 +6,7 @@ import asyncio
 import dataclasses
 import logging
 import pickle
+import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,6 +15,7 @@ from distributed import Client, Future
 from distributed.protocol.pickle import dumps
 
 from dask_bridges import config, partitions, placement
+from dask_bridges.about import About
 from dask_bridges.collective import is_collective_error
 from dask_bridges.devices.members import Wanted, with_devices
 from dask_bridges.errors import DataError, MemberLost, PlacementError
@@ -103,6 +105,7 @@ class Supervised:
     reproducible: bool
     prepared: Sequence[Prepared] = ()
     _names: list[str] = field(default_factory=list)  # of the workers of the first attempt
+    _id: str = field(default_factory=lambda: uuid.uuid4().hex[:12])
     _devices: Mapping[str, Wanted] = field(default_factory=dict)  # by the workers' addresses
 
     def prepare(self) -> None:
@@ -162,6 +165,7 @@ class Supervised:
             ],
             ranks,
             collateral=is_collective_error,
+            about=self._about(parts, ranks),
             **self.options,
         )
         gang = Gang(self.client, plan, attempt)
@@ -173,6 +177,14 @@ class Supervised:
         finally:
             for futures in held:
                 futures.clear()
+
+    def _about(self, parts: Sequence[Partitions], ranks: Sequence[str]) -> About:
+        """What a report tells of it."""
+        params = {name: value for name, value in self.fit.items() if name not in ("callbacks", "home", "port")}
+        params |= {"model": f"{type(self.model).__name__} {self.model.name}", "backend": keras_backend()}
+        packages = list(dict.fromkeys(("keras", keras_backend())))
+        sets = {given.name: some.lying(ranks) for given, some in zip(self.sets, parts)}
+        return About(self._id, params, packages, sets)
 
     # Places
 

@@ -179,7 +179,7 @@ def fit_here(work: FitWork) -> bytes:
             callbacks=pickle.loads(work.callbacks),
             validation_data=validation,
             checkpoint=work.checkpoint,
-            report=_reporter(process),
+            report=_reporter(process, work.data),
             should_stop=run.stopped.is_set,
             publish=run.publish if work.publish_seconds else None,
             publish_seconds=work.publish_seconds or 0.0,
@@ -213,7 +213,7 @@ def train_here(work: LoopWork) -> bytes:
             step,
             lambda: work.data.dataset(process),
             checkpoint=work.checkpoint,
-            report=_reporter(process),
+            report=_reporter(process, work.data),
             should_stop=run.stopped.is_set,
             **work.options,
         )
@@ -221,12 +221,20 @@ def train_here(work: LoopWork) -> bytes:
         return bytes(dumps(trained))
 
 
-def _reporter(process: RoleProcess) -> Callable[..., None]:
+def _reporter(process: RoleProcess, source: Source) -> Callable[..., None]:
     """What a training tells, as events of the chief."""
+    member, row_bytes, before = process.member, process.feeds[source.name].row_bytes, 0
+    member.tally.begin()
 
     def report(kind: str, **fields: Any) -> None:
+        nonlocal before
         if kind == "progress":
-            process.member.progress(fields["done"], fields["total"], unit="step")
+            rows, before = (fields["done"] - before) * source.batch_size, fields["done"]
+            member.tally.fed(rows, rows * row_bytes)
+            member.tally.tell("", now=fields["done"] == fields["total"])
+            member.progress(fields["done"], fields["total"], unit="step")
+        elif kind == "checkpoint":
+            member.emit_span("checkpoint", fields["seconds"])
         else:
             process.member.metrics(fields["step"], fields["values"])
 

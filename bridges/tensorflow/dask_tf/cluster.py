@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import html
 import logging
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from dask._task_spec import TaskRef
@@ -17,9 +17,11 @@ from distributed.utils import Log as LogText
 from distributed.utils import Logs
 
 from dask_bridges import clients, partitions, turns
+from dask_bridges.about import card
 from dask_bridges.errors import DataError, GangTimeout, MemberLost
 from dask_bridges.events import Event, EventStream, Listener, Log, Lost
 from dask_bridges.gang import Gang
+from dask_bridges.reporting import Recorder, asked, written
 from dask_bridges.shipping import sealed_task
 from dask_tf import here, hosting
 from dask_tf.events import RoleDown, RoleEmpty, RoleUp
@@ -54,6 +56,7 @@ def start_tensorflow(
     environment: Mapping[str, str] | None = None,
     timeout: float | str | None = None,
     allow_plaintext: bool | None = None,
+    report: str | Path | None = None,
     **roles: int,
 ) -> Any:
     """Start a TensorFlow cluster inside the workers of a Dask cluster.
@@ -94,6 +97,8 @@ def start_tensorflow(
         Longest wait for Dask workers, and for GPUs (``dask-bridges.timeout``).
     allow_plaintext : bool, optional
         Whether a ``tls://`` cluster may do this: TensorFlow's traffic is not encrypted.
+    report : str or Path, optional
+        Where to write a page of who did what when, as the cluster ends, see `dask_bridges.report`.
 
     Returns
     -------
@@ -130,16 +135,21 @@ def start_tensorflow(
         counts, workers, resources, gpus, host, ports, threads, share, servers, environment, timeout, allow_plaintext
     )
     start.check()
-    return clients.call(client, _start, client, start)
+    return clients.call(client, _start, client, start, asked(report))
 
 
-async def _start(client: Client, start: Start) -> TensorFlowCluster:
-    tasks, gang_plan = await plan(client, start)
-    cluster = TensorFlowCluster(client, Gang(client, gang_plan), tasks)
+async def _start(client: Client, start: Start, recorder: Recorder | None) -> TensorFlowCluster:
+    try:
+        tasks, gang_plan = await plan(client, start)
+    except BaseException as error:
+        await written(recorder, error)
+        raise
+    cluster = TensorFlowCluster(client, Gang(client, gang_plan), tasks, recorder)
     cluster._asked = len(tasks) if start.counts.get("chief") else len([t for t in tasks if t.role != "chief"])
     try:
         await cluster._until_up()
-    except BaseException:
+    except BaseException as error:
+        cluster._failure = error
         await asyncio.shield(cluster._close())
         raise
     return cluster
@@ -159,7 +169,7 @@ class TensorFlowCluster:
         What all tasks have told, from the start: logs, metrics, which went down and came up.
     """
 
-    def __init__(self, client: Client, gang: Gang, tasks: tuple[Task, ...]) -> None:
+    def __init__(self, client: Client, gang: Gang, tasks: tuple[Task, ...], recorder: Recorder | None = None) -> None:
         self.client = client
         self.tasks = tasks
         self.events: EventStream = gang.events
@@ -172,7 +182,11 @@ class TensorFlowCluster:
         self._feedings: dict[str, Feeding] = {}
         self._used: set[int] = set()  # tasks whose process has been a coordinator
         self._refeeding: set[asyncio.Task[None]] = set()
+        self._recorder = recorder
+        self._failure: BaseException | None = None  # with which the caller leaves it
         self.events.listen(self._notice)
+        if recorder is not None:
+            self.events.listen(recorder)
         self._running = asyncio.ensure_future(gang.run())
         self._running.add_done_callback(self._ended)
 
@@ -267,17 +281,22 @@ class TensorFlowCluster:
             await asyncio.wait({self._running}, timeout=self._gang.deadlines.child_stop_timeout)
         self._running.cancel()
         await asyncio.gather(self._running, return_exceptions=True)
+        recorder, self._recorder = self._recorder, None
+        ended = None if self._running.cancelled() else self._running.exception()
+        await written(recorder, self._failure or ended)
 
     def __enter__(self) -> TensorFlowCluster:
         return self
 
-    def __exit__(self, *exc_info: object) -> None:
+    def __exit__(self, kind: Any, failure: BaseException | None, traceback: Any) -> None:
+        self._failure = failure
         self.close()
 
     async def __aenter__(self) -> TensorFlowCluster:
         return self
 
-    async def __aexit__(self, *exc_info: object) -> None:
+    async def __aexit__(self, kind: Any, failure: BaseException | None, traceback: Any) -> None:
+        self._failure = failure
         await self._close()
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -359,11 +378,7 @@ class TensorFlowCluster:
 
     def _repr_html_(self) -> str:
         rows = self.status()
-        head = "".join(f"<th>{name}</th>" for name in rows[0])
-        body = "".join(
-            "<tr>" + "".join(f"<td>{html.escape(str(value))}</td>" for value in row.values()) + "</tr>" for row in rows
-        )
-        return f"<table><caption>TensorFlow cluster {self.id}</caption><tr>{head}</tr>{body}</table>"
+        return card(f"TensorFlow cluster {self.id}", list(rows[0]), [list(row.values()) for row in rows])
 
     # What it does
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from dask_bridges.events import Event
+from dask_bridges.events import Down, Event, Up
 
 __all__ = ["RoleDown", "RoleEmpty", "RoleUp", "Spooled"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class RoleUp(Event):
+class RoleUp(Up):
     """A task's process is there, and its server listens where it has one; `start` counts from 1."""
 
     role: str
@@ -38,7 +38,7 @@ class Spooled(Event):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RoleDown(Event):
+class RoleDown(Down):
     """A task's process is gone, and is started again; `wanted` where somebody asked for that."""
 
     role: str

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from distributed import Client, Future
 
 from dask_bridges import partitions
-from dask_bridges.events import Event
+from dask_bridges.events import Event, Placed
 from dask_bridges.partitions import Partitions, Prepared
 from dask_tf import encoding, hosting
 from dask_tf.events import Spooled
@@ -96,6 +96,8 @@ class Feeding:
             await parts.spread(self.client, list(dict.fromkeys(places.values())))
             self._numbers = _by_rank(parts, places)
             rows = {cluster.tasks[rank].name: sum(parts.rows[n] for n in self._numbers[rank]) for rank in ranks}
+            if cluster.events.detail:
+                cluster.events.publish(self._placed(parts))
             await self._write(parts, schema, self._numbers)
         finally:
             parts.futures.clear()  # or what is raised would hold them by its traceback
@@ -103,6 +105,18 @@ class Feeding:
         await _all(cluster._call(rank, hosting.learn_in_task, self.name, schema) for rank in others)
         self.feed = Feed(self.name, schema, rows)
         return self.feed
+
+    def _placed(self, parts: Partitions) -> Placed:
+        """The rank of each partition, its rows and bytes."""
+        ranks = {number: rank for rank, its in self._numbers.items() for number in its}
+        filled = [number for number in parts.filled() if number in ranks]
+        return Placed(
+            gang=self.cluster.id,
+            name=self.name,
+            ranks=[ranks[number] for number in filled],
+            rows=[int(parts.rows[number]) for number in filled],
+            nbytes=[int(parts.infos[number].nbytes) for number in filled],
+        )
 
     async def again(self, rank: int) -> None:
         """Write what a task had, where that was lost with its Dask worker."""

@@ -108,7 +108,7 @@ class Hosted:
 
     def spool_feed(self, name: str, schema: Schema, keys: Mapping[int, Any], ticket: str) -> None:
         """Write the partitions of these keys, by their numbers, as a feed, and tell of each as it is written."""
-        with self.spool.writer(name) as writer:
+        with self.member.span("receive"), self.spool.writer(name) as writer:
             encoding.write(self._taken(keys, ticket), schema, writer)
         self.learn(name, schema)
 
@@ -144,6 +144,7 @@ class Hosted:
             with self._changed:
                 self._child, feeds = child, dict(self.feeds)
                 self._changed.notify_all()
+            self.member.by_processor = True  # its graphs run without Python, which could tell
             for name, schema in feeds.items():  # some have come since it was told
                 child.call(serving.add_feed, name, schema)
             member, task = self.member, self.task
@@ -157,6 +158,7 @@ class Hosted:
         """Its process is gone: raise, or let it start again."""
         with self._changed:
             was_up, self._child = self._child is not None, None
+            self.member.by_processor = False
             wanted, self._wanted = self._wanted, False
         if self.member.stopping:
             raise MemberStopped(self.member.stopping) from lost

@@ -6,13 +6,14 @@ import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from distributed import Client
 
 from dask_bridges import placement
+from dask_bridges.about import About
 from dask_bridges.devices.members import Wanted
 from dask_bridges.errors import PlacementError
 from dask_bridges.gang import GangPlan
@@ -112,7 +113,14 @@ async def plan(client: Client, start: Start) -> tuple[tuple[Task, ...], GangPlan
         timeout=start.timeout,
         names=[task.name for task in tasks],
         replaceable=[rank for rank, spec in enumerate(specs) if spec.replaceable],
+        about=About(params=_asked(start), packages=("tensorflow", "keras")),
     )
+
+
+def _asked(start: Start) -> dict[str, Any]:
+    """What `start_tensorflow` was asked for, where that is more than nothing."""
+    given = {field.name: getattr(start, field.name) for field in fields(start) if field.name != "counts"}
+    return {**start.counts, **{name: value for name, value in given.items() if value not in (None, False, 0)}}
 
 
 def _with_resources(workers: Sequence[WorkerInfo], resources: Mapping[str, Any] | None) -> list[WorkerInfo]:

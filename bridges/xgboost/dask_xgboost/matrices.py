@@ -11,6 +11,7 @@ import numpy as np
 import xgboost as xgb
 
 from dask_bridges import partitions
+from dask_bridges.partitions.blocks import size_of
 from dask_bridges.task import WorkerMember
 from dask_xgboost import cuts
 from dask_xgboost.blocks import as_array, recode, split
@@ -79,10 +80,20 @@ class _Blocks(xgb.DataIter):  # type: ignore[misc]
                 self.prototype = X[:0].copy()  # a view of a received buffer may be misaligned
         else:
             X, fields = self.empty, {}
-        self.seconds += time.perf_counter() - start
+        took = time.perf_counter() - start
+        self.seconds += took
         self._position += 1
+        self._count(X, took)
         input_data(data=X, feature_names=self.spec.feature_names, feature_types=self.spec.feature_types, **fields)
         return True
+
+    def _count(self, X: Any, took: float) -> None:
+        """Tell what is read, where somebody wants to know."""
+        tally = self.member.tally
+        if tally.wanted:
+            tally.tell("build")
+            tally.add("receive", took)
+            tally.fed(partitions.rows_of(X), size_of(X))
 
 
 def build(
@@ -108,6 +119,7 @@ def build(
     """
     options = spec.options
     blocks = _Blocks(member, spec, empty)
+    member.tally.begin()
     with member.span("build"):
         matrix = xgb.QuantileDMatrix(
             blocks,
@@ -117,6 +129,7 @@ def build(
             ref=ref,
             enable_categorical=options.enable_categorical,
         )
+        member.tally.tell("build", now=True)
     member.emit_span("receive", blocks.seconds)
     if options.feature_weights is not None:
         matrix.set_info(feature_weights=np.asarray(options.feature_weights))

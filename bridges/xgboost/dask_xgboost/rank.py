@@ -12,6 +12,7 @@ import xgboost as xgb
 from xgboost import collective
 
 from dask_bridges.devices.members import Wanted
+from dask_bridges.tally import slept
 from dask_bridges.task import WorkerMember
 from dask_xgboost.boosting import Rounds
 from dask_xgboost.communicator import capture_log, communicator
@@ -121,9 +122,12 @@ def _trained(
 ) -> tuple[xgb.Booster | None, Any]:
     matrices = ready(member, spec.matrices, agreed, held, int(_threads(member, spec.loop.params)))
     with member.span("compute"):
-        if spec.folds is not None:
-            return None, _cross_validated(member, spec.loop, spec.folds, matrices[0])
-        return _boost(member, spec, matrices[0], [(matrices[number], name) for number, name in spec.evals])
+        try:
+            if spec.folds is not None:
+                return None, _cross_validated(member, spec.loop, spec.folds, matrices[0])
+            return _boost(member, spec, matrices[0], [(matrices[number], name) for number, name in spec.evals])
+        finally:
+            member.tally.tell("compute", now=True)
 
 
 def _threads(member: WorkerMember, params: dict[str, Any]) -> Any:
@@ -237,6 +241,8 @@ class _Report(xgb.callback.TrainingCallback):  # type: ignore[misc]
         self.wanted = wanted
         self.evals = evals
         self.metrics = custom if isinstance(custom, GlobalMetrics) else None
+        member.tally.begin()
+        self._slept = slept()
 
     def before_iteration(self, model: Any, epoch: int, evals_log: Any) -> bool:
         """Ranks that were asked to stop end here."""
@@ -258,7 +264,21 @@ class _Report(xgb.callback.TrainingCallback):  # type: ignore[misc]
             if newest:
                 self.member.metrics(epoch, newest)
             self.member.progress(epoch + 1, self.total)
+        if self.member.tally.due:
+            self._tell_time()
         return False
+
+    def after_training(self, model: Any) -> Any:
+        """The last window ends."""
+        self._tell_time()
+        return model
+
+    def _tell_time(self) -> None:
+        """What the last rounds went into: XGBoost sleeps in its collective only."""
+        before, self._slept = self._slept, slept()
+        if self.member.world_size > 1:  # alone it has no peers to wait for
+            self.member.tally.add("communicate", self._slept - before)
+        self.member.tally.tell("compute", now=True)
 
 
 class _Finish(xgb.callback.TrainingCallback):  # type: ignore[misc]

@@ -138,6 +138,10 @@ class Keeper:
 
     def keep(self, booster: Any, history: Any, done: int) -> None:
         """Keep the state after so many rounds."""
+        with self._member.tally.timed("checkpoint"):
+            self._keep(booster, history, done)
+
+    def _keep(self, booster: Any, history: Any, done: int) -> None:
         checkpoints = self._keeping.checkpoints
         if checkpoints is not None and self._member.rank:
             return

@@ -17,6 +17,7 @@ from dask.utils import format_bytes
 from distributed import Client
 
 from dask_bridges import config, placement
+from dask_bridges.about import About
 from dask_bridges.devices.members import Wanted
 from dask_bridges.errors import BridgeError, MemberLost, WorkerLeft
 from dask_bridges.events import Event, FinishAsked, Progress
@@ -85,6 +86,7 @@ class Supervised:
     _ranks: list[str] = field(default_factory=list)  # their addresses
     _placement: resuming.Placement = ()
     _gang: Gang | None = None
+    _id: str = field(default_factory=lambda: uuid.uuid4().hex[:12])
     _finishing: bool = False  # whether somebody has asked it to stop
     _devices: Mapping[str, Wanted] = field(default_factory=dict)  # by the workers' addresses, where GPUs train
 
@@ -182,6 +184,7 @@ class Supervised:
             timeout=self.places.timeout,
             exclusive=self.exclusive,
             finishes=True,
+            about=self._about(),
         )
         self._gang = gang = Gang(self.client, plan, number)
         for listener in (reached, *self.listeners):
@@ -364,6 +367,14 @@ class Supervised:
             "checkpoint_every": self.loop.segment,
             "xgb_model": None if model is None else zlib.crc32(model),
         }
+
+    def _about(self) -> About:
+        """What a report tells of it."""
+        matrices = {"train": self.matrix, **{name: matrix for matrix, name in self.evals if matrix is not self.matrix}}
+        sets = {name: matrix.parts.lying(self._ranks) for name, matrix in matrices.items()}
+        loop = self.loop
+        rounds = {"num_boost_round": loop.num_boost_round, "early_stopping_rounds": loop.early_stopping_rounds}
+        return About(self._id, {**loop.params, **rounds, "checkpoint_every": loop.segment}, ("xgboost",), sets)
 
     def _specs(self, state: State | None) -> list[TrainSpec]:
         keeping = self.keeping

@@ -16,6 +16,7 @@ from dask_bridges.checkpoints import Checkpoints
 from dask_bridges.errors import DataError
 from dask_bridges.events import Listener
 from dask_bridges.ports import port_range
+from dask_bridges.reporting import asked, reported
 from dask_bridges.ui.progress import ProgressBar, wants_bar
 from dask_xgboost import checks, known, resuming
 from dask_xgboost.dmatrix import DMatrix, MatrixOptions, _label
@@ -68,6 +69,7 @@ def train(
     exclusive: bool = True,
     timeout: float | str | None = None,
     allow_plaintext: bool | None = None,
+    report: str | Path | None = None,
     tracker_host: str | None = None,
     tracker_port: int | str | tuple[int, int] | None = None,
 ) -> Any:
@@ -155,6 +157,8 @@ def train(
         Longest wait for workers, for the turn, and for GPUs (``dask-bridges.timeout``).
     allow_plaintext : bool, optional
         On a ``tls://`` cluster, consent to XGBoost's own traffic being plain TCP.
+    report : str or Path, optional
+        Where to write a page of who did what when, at the end, see `dask_bridges.report`.
     tracker_host, tracker_port : optional
         Where XGBoost's tracker listens, on the worker of rank 0: an address, and a
         port or range ``"9000:9010"`` (``dask-bridges.xgboost.tracker-host`` and
@@ -192,6 +196,7 @@ def train(
     >>> client.close()
     """
     client = clients.current(client)
+    recorder = asked(report)
     settings = settings_of(params, max_bin)
     checks.check_params(settings)
     placement.refuse_plaintext(client, allow_plaintext, "XGBoost's tracker and collective traffic")
@@ -223,6 +228,8 @@ def train(
         listeners.append(listen)
     if wants_bar(progress):
         listeners.append(ProgressBar("XGBoost"))
+    if recorder is not None:
+        listeners.append(recorder)
     training = Supervised(
         client=client,
         loop=loop,
@@ -235,7 +242,7 @@ def train(
         listeners=listeners,
     )
     training.prepare()
-    return clients.call(client, training.run, evals_result)
+    return clients.call(client, reported, recorder, training.run, evals_result)
 
 
 def settings_of(params: Mapping[str, Any] | Sequence[tuple[str, Any]], max_bin: int | None) -> dict[str, Any]:

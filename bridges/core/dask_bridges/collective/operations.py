@@ -265,7 +265,7 @@ class Collective:
     @contextlib.contextmanager
     def _turn(self) -> Iterator[Ring | None]:
         # Gradients overflow; that is no matter of this sum's, and must not end it halfway.
-        with self._lock, np.errstate(all="ignore"):
+        with self._member.tally.timed("communicate"), self._lock, np.errstate(all="ignore"):
             self._may_go_on()
             try:
                 yield self._ring

@@ -24,7 +24,7 @@ from dask_bridges.dispatcher import GIVE_BACK
 from dask_bridges.events import Event, Log
 from dask_bridges.jobs import job as in_child
 from dask_bridges.jobs.calls import Inputs
-from dask_bridges.jobs.events import JobLog, Offered
+from dask_bridges.jobs.events import JobLog, Offered, Ran
 from dask_bridges.jobs.job import FOLDER, Work
 from dask_bridges.jobs.results import opened
 from dask_bridges.jobs.spares import Spares
@@ -106,6 +106,7 @@ class _JobMember(WorkerMember):
         self.key = key
         self.cancelled = self.called_back = False
         self.waits = True  # for its devices
+        self.processes = host.member.processes
 
     def emit(self, kind: type[Event], /, **fields: Any) -> None:
         if kind is Log:
@@ -163,6 +164,7 @@ class _Host:
                 with (
                     leases_here().lease(self.hosting.devices, spec.gpus, holder, member.may_wait) as lease,
                     self._counted(lease.devices),
+                    _told(member, lease.devices),
                     self._work(spec, inputs, lease) as work,
                     Child(
                         member,
@@ -288,6 +290,21 @@ class _Host:
                 busy = its.busy + (time.time() - row["since"] if mine else 0.0)
                 row |= {"worker": self.member.worker.address, "jobs": its.jobs, "utilisation": min(busy / lasted, 1.0)}
         return rows
+
+
+@contextlib.contextmanager
+def _told(member: _JobMember, devices: tuple[Device, ...]) -> Iterator[None]:
+    """Tell how long a job has had its devices, where somebody wants to know."""
+    start, error = time.perf_counter(), ""
+    try:
+        yield
+    except BaseException as failure:
+        error = f"{type(failure).__name__}: {failure}"[:500]
+        raise
+    finally:
+        if member.spec.detail:
+            seconds, names = time.perf_counter() - start, [device.name for device in devices]
+            member.emit(Ran, key=member.key, devices=names, seconds=seconds, error=error)
 
 
 _hosts: dict[tuple[str, str], _Host] = {}

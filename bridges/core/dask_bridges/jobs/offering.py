@@ -11,9 +11,10 @@ from dataclasses import dataclass, field
 from distributed import Client
 
 from dask_bridges import config, turns
+from dask_bridges.about import About
 from dask_bridges.devices.finding import Group
 from dask_bridges.errors import BridgeError
-from dask_bridges.events import Event, EventStream, Finished, Started
+from dask_bridges.events import Ended, Event, EventStream, Finished, Listener, Memory, Planned, Started
 from dask_bridges.gang import Gang, GangPlan
 from dask_bridges.jobs import hosting
 from dask_bridges.jobs.events import Offered
@@ -39,6 +40,8 @@ class Shared:
     timeout : float or None
         Longest wait for workers.
     setup : Setup
+    recorder : Listener or None
+        Hears the events of all, for a report.
     seen : set of str
         The workers that have been looked at.
     """
@@ -48,6 +51,7 @@ class Shared:
     events: EventStream
     timeout: float | None
     setup: Setup
+    recorder: Listener | None = None
     seen: set[str] = field(default_factory=set)
     _changed: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -104,6 +108,8 @@ class Offering:
             group = self.group
             self._gang = Gang(self.shared.client, self._plan(group))
             self._gang.events.listen(self._notice)
+            if self.shared.recorder is not None:
+                self._gang.events.listen(self.shared.recorder)
             try:
                 await self._gang.run()
             except (BridgeError, OSError) as error:
@@ -123,14 +129,23 @@ class Offering:
             config.seconds("job-stop-timeout"),
             self.shared.setup.environment(self.shared.pool, None),
         )
-        workers = list(group.workers)
-        return GangPlan(LABEL, host_devices, [payload], workers, exclusive=False, timeout=self.shared.timeout)
+        modules = self.shared.setup.modules
+        return GangPlan(
+            LABEL,
+            host_devices,
+            [payload],
+            list(group.workers),
+            exclusive=False,
+            timeout=self.shared.timeout,
+            names=[group.name],
+            about=About(self.shared.pool, {"preload": modules}, modules),
+        )
 
     def _notice(self, event: Event) -> None:
         if isinstance(event, Offered):
             self.worker, self.failed = event.worker, None
             self.shared.tell_change()
-        elif not isinstance(event, Started | Finished):
+        elif not isinstance(event, Started | Finished | Memory | Planned | Ended):
             self.shared.events.publish(dataclasses.replace(event, gang=self.shared.pool, attempt=1))
 
     async def close(self) -> None:

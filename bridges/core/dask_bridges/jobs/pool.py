@@ -8,6 +8,7 @@ import sys
 import uuid
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from dask._task_spec import TaskRef
@@ -15,6 +16,7 @@ from dask.utils import funcname
 from distributed import Client, Future
 
 from dask_bridges import clients, config, placement
+from dask_bridges.about import card
 from dask_bridges.devices.finding import find_groups
 from dask_bridges.errors import BridgeError, GangTimeout, PlacementError
 from dask_bridges.events import EventStream, Listener
@@ -25,6 +27,7 @@ from dask_bridges.jobs.offering import LABEL, Offering, Shared
 from dask_bridges.jobs.setup import Setup
 from dask_bridges.jobs.status import PoolStatus
 from dask_bridges.jobs.terms import Terms
+from dask_bridges.reporting import asked, written
 from dask_bridges.shipping import sealed_task
 
 __all__ = ["DevicePool"]
@@ -62,6 +65,8 @@ class DevicePool:
         imported. By default the frameworks that this process has imported, and the workers have in the same versions.
     timeout : float or str, optional
         Longest wait for workers (``dask-bridges.timeout``).
+    report : str or Path, optional
+        Where to write a page of which job had which device when, as the pool is closed, see `dask_bridges.report`.
 
     Attributes
     ----------
@@ -103,17 +108,20 @@ class DevicePool:
         workers: str | Iterable[str] | None = None,
         preload: Sequence[str] | None = None,
         timeout: float | str | None = None,
+        report: str | Path | None = None,
     ) -> None:
         if sys.platform == "win32":
             raise NotImplementedError("jobs need Dask workers on Linux, and a client that is no Windows")
         self.client = clients.current(client)
+        self._recorder = asked(report)
+        self._failure: BaseException | None = None  # with which the caller leaves it
         self.id = uuid.uuid4().hex[:12]
         self.events = EventStream(self.id, KEPT)
         self._named = devices
         self._workers = [workers] if isinstance(workers, str) else workers and list(workers)
         self._preload = preload
         limit = None if timeout is None else config.seconds("timeout", timeout)
-        self._shared = Shared(self.client, self.id, self.events, limit, Setup.of(preload))
+        self._shared = Shared(self.client, self.id, self.events, limit, Setup.of(preload), self._recorder)
         self._hosts: dict[str, Offering] = {}
         self._futures: weakref.WeakSet[Future] = weakref.WeakSet()
         self._watching: asyncio.Future[None] | None = None
@@ -130,7 +138,8 @@ class DevicePool:
         try:
             await self._look(first=True)
             await self._until_offered()
-        except BaseException:
+        except BaseException as error:
+            self._failure = error
             await asyncio.shield(self._close())
             raise
         self._watching = asyncio.ensure_future(self._watch())
@@ -211,11 +220,13 @@ class DevicePool:
         if unfinished and self.client.status == "running":
             await self._cancel(unfinished)
         await asyncio.gather(*(host.close() for host in self._hosts.values()), return_exceptions=True)
+        await written(self._recorder, self._failure)
 
     def __enter__(self) -> DevicePool:
         return self
 
-    def __exit__(self, *exc_info: object) -> None:
+    def __exit__(self, kind: Any, failure: BaseException | None, traceback: Any) -> None:
+        self._failure = failure
         self.close()
 
     def __await__(self) -> Any:
@@ -224,7 +235,8 @@ class DevicePool:
     async def __aenter__(self) -> DevicePool:
         return await self._open()
 
-    async def __aexit__(self, *exc_info: object) -> None:
+    async def __aexit__(self, kind: Any, failure: BaseException | None, traceback: Any) -> None:
+        self._failure = failure
         await self._close()
 
     # Jobs
@@ -382,3 +394,13 @@ class DevicePool:
     def __repr__(self) -> str:
         devices = sum(len(host.group.devices) for host in self._hosts.values())
         return f"<DevicePool {self.id}: {devices} devices on {len(self._hosts)} hosts, {self._state}>"
+
+    def _repr_html_(self) -> str:
+        unfinished = sum(not future.done() for future in list(self._futures))
+        rows = [
+            (device.name, host.group.name, host.worker or "not offered now")
+            for host in self._hosts.values()
+            for device in host.group.devices
+        ]
+        caption = f"DevicePool {self.id}: {self._state}, {unfinished} jobs unfinished"
+        return card(caption, ["device", "of", "offered by"], rows)

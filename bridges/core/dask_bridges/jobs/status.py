@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import datetime
-import html
 from collections.abc import Iterator, Sequence
 from typing import Any
+
+from dask_bridges.about import card
 
 __all__ = ["PoolStatus"]
 
@@ -52,9 +53,4 @@ class PoolStatus(Sequence[dict[str, Any]]):
         return "\n".join([f"DevicePool: {len(self)} devices, {self.unfinished} jobs unfinished", *lines])
 
     def _repr_html_(self) -> str:
-        head = "".join(f"<th>{name}</th>" for name in _COLUMNS)
-        body = "".join(
-            "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in self._cells()
-        )
-        caption = f"<caption>DevicePool: {len(self)} devices, {self.unfinished} jobs unfinished</caption>"
-        return f"<table>{caption}<tr>{head}</tr>{body}</table>"
+        return card(f"DevicePool: {len(self)} devices, {self.unfinished} jobs unfinished", _COLUMNS, self._cells())

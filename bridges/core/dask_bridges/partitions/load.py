@@ -139,6 +139,16 @@ class Partitions:
         """Workers that hold rows, in the order of their first part: the ranks."""
         return list(dict.fromkeys(w for w, rows in zip(self.workers, self.rows) if rows))
 
+    def lying(self, workers: Sequence[str]) -> dict[str, list[int]]:
+        """The rank of each part that holds rows, with `workers` by rank, its rows and its bytes: for `Placed`."""
+        numbers = {worker: rank for rank, worker in enumerate(workers)}
+        filled = [part for part in self.filled() if self.workers[part] in numbers]
+        return {
+            "ranks": [numbers[self.workers[part]] for part in filled],
+            "rows": [int(self.rows[part]) for part in filled],
+            "nbytes": [int(self.infos[part].nbytes) for part in filled],
+        }
+
     def filled(self) -> list[int]:
         """Indices of the parts that hold rows."""
         return [part for part, rows in enumerate(self.rows) if rows]

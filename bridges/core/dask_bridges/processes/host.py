@@ -133,6 +133,7 @@ class Child:
             self._forked.discard()
             raise
         self.pid = self._process.pid
+        member.processes.add(self.pid)
         self._watch = threading.Thread(target=self._watch_over, name=f"child-{self.pid}", daemon=True)
         self._watch.start()
 
@@ -320,6 +321,7 @@ class Child:
         """See to it that the child is gone."""
         self.kill("its member has ended")
         self._watch.join()
+        self.member.processes.discard(self.pid)
         self._forked.output.end()
         self._end_calls()
         self._pipe.close()

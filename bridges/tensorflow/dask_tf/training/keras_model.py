@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from dask_bridges.about import card
 from dask_bridges.errors import BridgeError, DataError
 from dask_tf import upstream
 from dask_tf.training import checkpoint as checkpointing
@@ -52,6 +53,11 @@ class History:
     steps: int = 0
     repeated: int | None = 0
     scores: list[tuple[int, dict[str, float]]] = field(default_factory=list)
+
+    def _repr_html_(self) -> str:
+        values = [[f"{value:.5g}" for value in its] for its in self.history.values()]
+        caption = f"{self.steps:,} steps" + (f", {self.repeated} done twice" if self.repeated else "")
+        return card(caption, ["epoch", *self.history], zip([epoch + 1 for epoch in self.epoch], *values))
 
 
 def fit(
@@ -114,7 +120,7 @@ def fit(
         Within an epoch too, when so many seconds have passed since the last.
     report : callable, optional
         ``report("progress", done=, total=)`` and ``report("metrics", step=, values={...})``, after each scheduled
-        function.
+        function, and ``report("checkpoint", seconds=)``.
     should_stop : callable, optional
         Asked after each scheduled function; True ends the training as ``model.stop_training`` does.
     publish : callable, optional
@@ -353,8 +359,10 @@ class _Training:
 
     def _save(self) -> None:
         if self.checkpoint is not None:
+            start = time.monotonic()
             checkpointing.save(self.checkpoint, self.moving.variables, self.position)
             self._saved = time.monotonic()
+            self.report("checkpoint", seconds=self._saved - start)
 
     def _recorded(self, listeners: Any, logs: dict[str, float]) -> dict[str, float]:
         """`logs` with what other callbacks have added for History to keep, such as the learning rate."""

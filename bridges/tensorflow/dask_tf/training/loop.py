@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from dask_bridges.about import card
 from dask_tf import upstream
 from dask_tf.training import checkpoint as checkpointing
 from dask_tf.training.checkpoint import Checkpoints, Position
@@ -38,6 +39,10 @@ class Trained:
     steps: int = 0
     repeated: int = 0
     state: Any = None
+
+    def _repr_html_(self) -> str:
+        caption = f"{self.steps:,} steps" + (f", {self.repeated} done twice" if self.repeated else "")
+        return card(caption, ["after the last step", ""], self.values.items())
 
 
 def train(
@@ -164,8 +169,11 @@ class _Loop:
             trained.repeated = int(self.counter.numpy()) - trained.steps
             if self.checkpoint is not None:
                 position = Position(steps=trained.steps, repeated=trained.repeated)
+                start = time.monotonic()
                 checkpointing.save(self.checkpoint, self.variables, position)
                 saved, due = time.monotonic(), False
+                if report is not None:
+                    report("checkpoint", seconds=saved - start)
         return trained
 
 

@@ -1,0 +1,180 @@
+"""A story as one HTML page that needs nothing else: figures by Bokeh, the rest plain."""
+
+from __future__ import annotations
+
+import html
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from dask.utils import format_bytes
+
+from dask_bridges.about import card
+from dask_bridges.reporting.figures import CALLED, COLORS, figures
+from dask_bridges.reporting.shares import KINDS, Shares
+from dask_bridges.reporting.story import Run, Story
+
+__all__ = ["page"]
+
+_PLURALS = {"round": "rounds", "epoch": "epochs", "batch": "batches", "step": "steps"}
+
+_STYLE = """
+:root { color-scheme: light; }
+body { font: 15px/1.5 system-ui, sans-serif; color: #1f2933; background: #fff; margin: 0 auto; max-width: 1180px;
+       padding: 1.5rem; }
+h1 { font-size: 1.5rem; margin: 0; } h2 { font-size: 1.1rem; margin: 2rem 0 .5rem; }
+.when { color: #616e7c; margin: 0 0 1rem; }
+.failed { background: #fdecea; border-left: 4px solid #b3261e; padding: .6rem .9rem; white-space: pre-wrap; }
+.tiles { display: flex; flex-wrap: wrap; gap: .6rem 2.4rem; margin: 1rem 0; }
+.tiles div { display: flex; flex-direction: column; } .tiles b { font-size: 1.5rem; line-height: 1.2; }
+.tiles span { color: #616e7c; font-size: .85rem; }
+.bar { display: flex; height: 22px; gap: 1px; background: #fff; } .bar i { display: block; min-width: 1px; }
+.legend { display: flex; flex-wrap: wrap; gap: .2rem 1.2rem; font-size: .85rem; margin: .4rem 0; }
+.legend i { display: inline-block; width: .8em; height: .8em; margin-right: .4em; }
+.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(480px, 1fr)); gap: 1rem; }
+table { border-collapse: collapse; font-size: .85rem; margin: .5rem 0; } caption { text-align: left; font-weight: 600; }
+th, td { text-align: left; padding: .2rem .9rem .2rem 0; border-bottom: 1px solid #e4e7eb; vertical-align: top; }
+td { font-variant-numeric: tabular-nums; max-width: 60ch; overflow-wrap: anywhere; }
+.tables { display: flex; flex-wrap: wrap; align-items: flex-start; gap: 0 3rem; }
+.wide { overflow-x: auto; } .wide td { white-space: nowrap; }
+pre { font-size: .8rem; white-space: pre-wrap; }
+"""
+
+
+def page(plain: Mapping[str, Any], data: str) -> str:
+    """The page of a story.
+
+    Parameters
+    ----------
+    plain : mapping
+        A story, by `Story.plain`.
+    data : str
+        An element that holds it, for `reporting.read`.
+    """
+    from bokeh.embed import components
+    from bokeh.resources import Resources
+
+    story = Story.from_plain(plain)
+    shares = Shares.of(story)
+    drawn = figures(story, shares)
+    scripts, places = components({name: figure for chart in drawn for name, figure in chart.figures.items()})
+    charts = []
+    for chart in drawn:
+        inside = "".join(f"<div>{places[name]}</div>" for name in chart.figures)
+        wide = "" if len(chart.figures) == 1 else ' class="charts"'
+        charts.append(f"<h2>{html.escape(chart.title)}</h2>{_note(chart.note)}<div{wide}>{inside}</div>")
+    title = ", ".join(dict.fromkeys(run.label for run in story.runs)) or "dask-bridges"
+    when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(story.began))
+    parts = [
+        "<!DOCTYPE html>",
+        f'<html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>',
+        f"<style>{_STYLE}</style>{Resources(mode='inline', components=['bokeh']).render()}</head><body>",
+        f"<h1>{html.escape(title)}</h1><p class='when'>{when}, report of dask-bridges</p>",
+        _failure(story),
+        _tiles(story, shares),
+        _bar(shares),
+        *charts,
+        *(_tables(run) for run in story.runs),
+        data,
+        scripts,
+        "</body></html>\n",
+    ]
+    return "\n".join(parts)
+
+
+def _note(text: str) -> str:
+    return f"<p class='when'>{html.escape(text)}</p>" if text else ""
+
+
+def _failure(story: Story) -> str:
+    """What went wrong, and where."""
+    texts = [story.error] if story.error else []
+    for run in story.runs:
+        for attempt in run.attempts:
+            if attempt.error and attempt.error not in texts:
+                texts.append(f"{run.label}, attempt {attempt.number}: {attempt.error}")
+    if not texts:
+        return ""
+    head = "It failed." if story.error else "It went on after:"
+    return f"<div class='failed'><b>{head}</b>\n{html.escape(chr(10).join(texts))}</div>"
+
+
+def _tiles(story: Story, shares: Shares) -> str:
+    rows = [row for run in story.runs for row in run.rows.values()]
+    fed = sum(row.rows for row in rows)
+    peak = max((held for row in rows for _, held in row.memory), default=0)
+    restarts = sum(len({attempt.number for attempt in run.attempts}) - 1 for run in story.runs)
+    done: dict[str, int] = {}
+    for unit, count in (each for run in story.runs for each in run.done.items()):
+        done[_PLURALS.get(unit, unit)] = done.get(_PLURALS.get(unit, unit), 0) + count
+    tiles = {
+        "in all": f"{story.ended - story.began:.1f} s",
+        "of the time nobody computed": f"{shares.nobody:.0%}",
+        "members": str(len(rows)),
+        "runs": str(len(story.runs)),
+        "restarts": str(restarts),
+        **{units: f"{count:,}" for units, count in done.items()},
+    }
+    if fed:
+        tiles["rows fed"] = f"{fed:,}"
+    if peak:
+        tiles["most memory of a worker"] = format_bytes(peak)
+    body = "".join(
+        f"<div><b>{html.escape(value)}</b><span>{html.escape(name)}</span></div>" for name, value in tiles.items()
+    )
+    return f"<div class='tiles'>{body}</div>"
+
+
+def _bar(shares: Shares) -> str:
+    """What the time went into, at each moment the most useful that any member did."""
+    found = {CALLED[kind]: (share, COLORS[kind]) for kind, share in shares.totals.items()}
+    found["preparing data, or between"] = max(0.0, 1.0 - sum(share for share, _ in found.values())), "#e4e7eb"
+    there = {name: (share, color) for name, (share, color) in found.items() if share >= 0.0005}
+    bar = "".join(
+        f"<i style='background:{color};width:{share:.3%}' title='{name}: {share:.1%}'></i>"
+        for name, (share, color) in there.items()
+    )
+    legend = "".join(
+        f"<span><i style='background:{color}'></i>{name} {share:.1%}</span>" for name, (share, color) in there.items()
+    )
+    return f"<h2>What the time went into</h2><div class='bar'>{bar}</div><div class='legend'>{legend}</div>"
+
+
+def _tables(run: Run) -> str:
+    kinds = [kind for kind in KINDS if any(kind in row.totals for row in run.rows.values())]
+    head = ["member", "worker", *(CALLED[kind] for kind in kinds), "rows fed", "most memory", "limit"]
+    members = [
+        [
+            name,
+            ", ".join(dict.fromkeys(row.workers.values())),
+            *(f"{row.totals[kind]:.2f} s" if kind in row.totals else "" for kind in kinds),
+            f"{row.rows:,}" if row.rows else "",
+            format_bytes(max(held for _, held in row.memory)) if row.memory else "",
+            format_bytes(row.limit) if row.limit else "",
+        ]
+        for name, row in run.rows.items()
+    ]
+    attempts = [
+        [
+            str(each.number),
+            each.gang,
+            f"{each.ended - each.began:.2f} s" if each.ended else "",
+            each.error or "finished",
+        ]
+        for each in run.attempts
+    ]
+    side = [
+        card("Parameters", ["name", "value"], run.params.items()),
+        card("Versions", ["package", "version"], run.versions.items()),
+        card("Attempts", ["attempt", "gang", "lasted", "end"], attempts),
+    ]
+    log = f"<pre>{html.escape(chr(10).join(run.log))}</pre>" if run.log else ""
+    return f"<h2>{html.escape(run.label)}</h2>{_wide(card('Members', head, members))}{_side(side)}{log}"
+
+
+def _wide(table: str) -> str:
+    return f"<div class='wide'>{table}</div>"
+
+
+def _side(tables: Iterable[str] | Sequence[str]) -> str:
+    return f"<div class='tables'>{''.join(tables)}</div>"
