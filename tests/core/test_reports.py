@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import os
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from typing import Any
 import dask.array as da
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from distributed import Client, LocalCluster
 from tests.core.jobs_at_work import add
 
@@ -26,6 +28,7 @@ from dask_bridges.reporting import read
 from dask_bridges.reporting.shares import Shares
 from dask_bridges.testing import Fault, loopback
 from dask_bridges.testing.faults import TroubleError, die, trouble
+from dask_bridges.ui.cli import bridges
 
 ROWS, CHUNK = 6000, 500
 
@@ -64,6 +67,9 @@ def test_a_killed_member_and_the_restart_are_in_one_timeline(
     story = read(page)
     (run,) = story.runs
     first, *_, last = run.attempts
+    said = CliRunner().invoke(bridges, ["report", str(page)])
+    assert f"member 1 was lost while it ran, with its worker {run.rows['member 1'].workers['1']}" in said.output
+    assert re.search(r"^member 1 +tcp://.* s ", said.output, re.MULTILINE)
     row = run.rows["member 1"]
     assert first.cause == 1
     assert row.workers["1"] in first.error
@@ -221,3 +227,10 @@ def test_a_gang_shows_itself_in_a_notebook(client: Client, addresses: list[str])
     shown = gang._repr_html_()
     assert "&lt;training&gt;" in shown
     assert "member 1" in shown
+
+
+def test_a_file_that_is_no_report_is_said_to_be_none(tmp_path: Path) -> None:
+    (tmp_path / "other.html").write_text("<html></html>")
+    said = CliRunner().invoke(bridges, ["report", str(tmp_path / "other.html")])
+    assert said.exit_code == 1
+    assert "other.html is no report of dask-bridges" in said.output

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,15 +15,14 @@ from dask_bridges import clients, config, placement
 from dask_bridges.errors import DataError
 from dask_bridges.events import Listener
 from dask_bridges.ports import port_range
-from dask_bridges.ui.progress import ProgressBar, wants_bar
+from dask_bridges.reporting import asked, reported
 from dask_xgboost import checks
 from dask_xgboost.dmatrix import DMatrix, MatrixOptions, _label
 from dask_xgboost.folds import Block, Folds
 from dask_xgboost.places import Places
 from dask_xgboost.rank import Loop
-from dask_xgboost.report import RoundPrinter
 from dask_xgboost.supervising import Supervised
-from dask_xgboost.training import checked_callbacks, matrix_of, settings_of
+from dask_xgboost.training import checked_callbacks, listeners_of, matrix_of, settings_of
 
 __all__ = ["cv"]
 
@@ -64,6 +64,7 @@ def cv(
     resources: Mapping[str, float] | None = None,
     progress: bool | None = None,
     listen: Listener | None = None,
+    report: str | Path | None = None,
     max_restarts: int = 3,
     exclusive: bool = True,
     timeout: float | str | None = None,
@@ -109,7 +110,7 @@ def cv(
         Run on every worker, a copy for each set of parameters.
     shuffle : bool, default True
         Whether rows are dealt out at random. Without, folds are runs of consecutive rows.
-    workers, n_workers, resources, progress, listen, exclusive, timeout, allow_plaintext : optional
+    workers, n_workers, resources, progress, listen, report, exclusive, timeout, allow_plaintext : optional
         See `train`.
     max_restarts : int, default 3
         How often it is started again when workers are lost; it begins anew.
@@ -144,6 +145,7 @@ def cv(
     >>> client.close()
     """
     client = clients.current(client)
+    recorder = asked(report)
     several = not isinstance(params, Mapping) and all(isinstance(each, Mapping) for each in params)
     each_set: Any = params if several else [params]
     sets = [settings_of(each, max_bin) for each in each_set]
@@ -169,11 +171,6 @@ def cv(
         cuts=cuts,
     )
     port_range(loop.tracker_port, "tracker_port")
-    listeners: list[Any] = [RoundPrinter(verbose_eval)] if verbose_eval else []
-    if listen is not None:
-        listeners.append(listen)
-    if wants_bar(progress):
-        listeners.append(ProgressBar("XGBoost"))
     training = Supervised(
         client=client,
         loop=loop,
@@ -183,7 +180,7 @@ def cv(
         exclusive=exclusive,
         keeping=None,
         max_restarts=max_restarts,
-        listeners=listeners,
+        listeners=listeners_of(verbose_eval, listen, progress, recorder),
         folds=Asked(sets, nfold, stratified, folds, shuffle, seed),
     )
     training.prepare()
@@ -196,7 +193,7 @@ def cv(
             found = [pd.DataFrame(each) for each in found]
         return found if several else found[0]
 
-    return clients.call(client, run)
+    return clients.call(client, reported, recorder, run)
 
 
 def _check(sets: Sequence[dict[str, Any]], cuts: str) -> None:

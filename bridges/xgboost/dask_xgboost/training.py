@@ -16,7 +16,7 @@ from dask_bridges.checkpoints import Checkpoints
 from dask_bridges.errors import DataError
 from dask_bridges.events import Listener
 from dask_bridges.ports import port_range
-from dask_bridges.reporting import asked, reported
+from dask_bridges.reporting import Recorder, asked, reported
 from dask_bridges.ui.progress import ProgressBar, wants_bar
 from dask_xgboost import checks, known, resuming
 from dask_xgboost.dmatrix import DMatrix, MatrixOptions, _label
@@ -26,7 +26,7 @@ from dask_xgboost.report import RoundPrinter
 from dask_xgboost.resuming import Keeping
 from dask_xgboost.supervising import Supervised
 
-__all__ = ["checked_callbacks", "matrix_of", "settings_of", "train"]
+__all__ = ["checked_callbacks", "listeners_of", "matrix_of", "settings_of", "train"]
 
 
 def train(
@@ -223,13 +223,6 @@ def train(
     port_range(loop.tracker_port, "tracker_port")
     if early_stopping_rounds and not evals:
         raise DataError("early_stopping_rounds needs rows to look at: pass evals=[(what, name)]")
-    listeners: list[Any] = [RoundPrinter(verbose_eval)] if verbose_eval else []
-    if listen is not None:
-        listeners.append(listen)
-    if wants_bar(progress):
-        listeners.append(ProgressBar("XGBoost"))
-    if recorder is not None:
-        listeners.append(recorder)
     training = Supervised(
         client=client,
         loop=loop,
@@ -239,10 +232,24 @@ def train(
         exclusive=exclusive,
         keeping=_keeping(settings, checkpoint, checkpoint_every, max_restarts),
         max_restarts=max_restarts,
-        listeners=listeners,
+        listeners=listeners_of(verbose_eval, listen, progress, recorder),
     )
     training.prepare()
     return clients.call(client, reported, recorder, training.run, evals_result)
+
+
+def listeners_of(
+    verbose_eval: bool | int | None, listen: Listener | None, progress: bool | None, recorder: Recorder | None
+) -> list[Any]:
+    """Who hears the events of a training."""
+    there: list[Any] = [RoundPrinter(verbose_eval)] if verbose_eval else []
+    if listen is not None:
+        there.append(listen)
+    if wants_bar(progress):
+        there.append(ProgressBar("XGBoost"))
+    if recorder is not None:
+        there.append(recorder)
+    return there
 
 
 def settings_of(params: Mapping[str, Any] | Sequence[tuple[str, Any]], max_bin: int | None) -> dict[str, Any]:

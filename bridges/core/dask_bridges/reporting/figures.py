@@ -8,10 +8,11 @@ from typing import Any
 
 import numpy as np
 
+from dask_bridges.reporting.cells import CALLED
 from dask_bridges.reporting.shares import KINDS, Shares
 from dask_bridges.reporting.story import Row, Run, Story
 
-__all__ = ["CALLED", "COLORS", "Chart", "figures"]
+__all__ = ["COLORS", "Chart", "figures"]
 
 #: Told apart by people who see few colours, too (Okabe and Ito 2008).
 COLORS = {
@@ -23,17 +24,6 @@ COLORS = {
     "restart": "#d55e00",
     "start": "#f0e442",
     "wait": "#c3c9d0",
-}
-#: What the kinds of time are called.
-CALLED = {
-    "compute": "computing",
-    "build": "building matrices",
-    "communicate": "communicating",
-    "receive": "receiving data",
-    "checkpoint": "checkpointing",
-    "restart": "restarting",
-    "start": "starting",
-    "wait": "waiting for its turn",
 }
 #: Of lines, one after another.
 LINES = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#7b8794", "#a6a13a")

@@ -10,8 +10,9 @@ from typing import Any
 from dask.utils import format_bytes
 
 from dask_bridges.about import card
-from dask_bridges.reporting.figures import CALLED, COLORS, figures
-from dask_bridges.reporting.shares import KINDS, Shares
+from dask_bridges.reporting.cells import CALLED, attempt_cells, failures, member_cells
+from dask_bridges.reporting.figures import COLORS, figures
+from dask_bridges.reporting.shares import Shares
 from dask_bridges.reporting.story import Run, Story
 
 __all__ = ["page"]
@@ -88,11 +89,7 @@ def _note(text: str) -> str:
 
 def _failure(story: Story) -> str:
     """What went wrong, and where."""
-    texts = [story.error] if story.error else []
-    for run in story.runs:
-        for attempt in run.attempts:
-            if attempt.error and attempt.error not in texts:
-                texts.append(f"{run.label}, attempt {attempt.number}: {attempt.error}")
+    texts = failures(story)
     if not texts:
         return ""
     head = "It failed." if story.error else "It went on after:"
@@ -141,35 +138,18 @@ def _bar(shares: Shares) -> str:
 
 
 def _tables(run: Run) -> str:
-    kinds = [kind for kind in KINDS if any(kind in row.totals for row in run.rows.values())]
-    head = ["member", "worker", *(CALLED[kind] for kind in kinds), "rows fed", "most memory", "limit"]
-    members = [
-        [
-            name,
-            ", ".join(dict.fromkeys(row.workers.values())),
-            *(f"{row.totals[kind]:.2f} s" if kind in row.totals else "" for kind in kinds),
-            f"{row.rows:,}" if row.rows else "",
-            format_bytes(max(held for _, held in row.memory)) if row.memory else "",
-            format_bytes(row.limit) if row.limit else "",
-        ]
-        for name, row in run.rows.items()
-    ]
-    attempts = [
-        [
-            str(each.number),
-            each.gang,
-            f"{each.ended - each.began:.2f} s" if each.ended else "",
-            each.error or "finished",
-        ]
-        for each in run.attempts
-    ]
+    head, *members = member_cells(run)
     side = [
         card("Parameters", ["name", "value"], run.params.items()),
         card("Versions", ["package", "version"], run.versions.items()),
-        card("Attempts", ["attempt", "gang", "lasted", "end"], attempts),
+        card("Attempts", *_split(attempt_cells(run))),
     ]
     log = f"<pre>{html.escape(chr(10).join(run.log))}</pre>" if run.log else ""
     return f"<h2>{html.escape(run.label)}</h2>{_wide(card('Members', head, members))}{_side(side)}{log}"
+
+
+def _split(cells: list[list[str]]) -> tuple[list[str], list[list[str]]]:
+    return cells[0], cells[1:]
 
 
 def _wide(table: str) -> str:

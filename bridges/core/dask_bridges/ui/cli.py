@@ -159,6 +159,22 @@ def doctor(scheduler: str | None) -> None:
 
 
 @bridges.command()
+@click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+def report(file: Path) -> None:
+    """Say in a terminal what the report in FILE tells: times, members, losses, last metrics.
+
+    The page itself opens in any browser.
+    """
+    from dask_bridges.reporting import read
+    from dask_bridges.ui.text import story_text
+
+    try:
+        click.echo(story_text(read(file)))
+    except ValueError as error:
+        raise click.ClickException(str(error)) from None
+
+
+@bridges.command()
 def bench() -> None:
     """Run the benchmarks of a checkout, each beside its peer.
 

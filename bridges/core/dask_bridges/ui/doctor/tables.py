@@ -10,6 +10,7 @@ from dask.utils import format_bytes
 from dask_bridges.placement import WorkerInfo
 from dask_bridges.ui.doctor.diagnosis import Diagnosis
 from dask_bridges.ui.doctor.surroundings import Surroundings
+from dask_bridges.ui.text import table
 
 __all__ = ["render"]
 
@@ -45,7 +46,7 @@ def _versions(diagnosis: Diagnosis) -> str:
         row = [look["variables"].get(name) or NOTHING for look in columns.values()]
         if any(cell != NOTHING for cell in row):
             rows.append([name, *row])
-    return _table(rows)
+    return table(rows)
 
 
 def _of(look: dict[str, Any], packages: Sequence[str]) -> list[str]:
@@ -63,12 +64,12 @@ def _machines(diagnosis: Diagnosis) -> str:
     """What each worker has; without a cluster, what this machine has."""
     if "client" in diagnosis.around:
         seen = diagnosis.around["client"]
-        return _table([["devices", _devices(seen)], ["/dev/shm", _memory(seen)]])
+        return table([["devices", _devices(seen)], ["/dev/shm", _memory(seen)]])
     if not diagnosis.workers:
         return ""
     rows = [["worker", "name", "state", "threads", "memory limit", "devices", "/dev/shm"]]
     rows += [_worker(worker, diagnosis.around.get(worker.address)) for worker in diagnosis.workers]
-    return _table(rows)
+    return table(rows)
 
 
 def _worker(worker: WorkerInfo, seen: Surroundings | None) -> list[str]:
@@ -111,8 +112,3 @@ def _problems(diagnosis: Diagnosis) -> str:
         lines += [f"{number:3}. {problem.finding}."]
         lines += [f"     {problem.remedy}."] if problem.remedy else []
     return "\n".join(lines)
-
-
-def _table(rows: Sequence[Sequence[str]]) -> str:
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows)
