@@ -181,7 +181,7 @@ def validations(rows: Rows, nfold: int) -> dict[str, Training]:
     def here() -> float:
         matrix = xgb.DMatrix(rows.X, rows.y, nthread=rows.threads)
         params = {**rows.params, "nthread": rows.threads}
-        return float(xgb.cv(params, matrix, rows.rounds, nfold)["test-logloss-mean"].iloc[-1])
+        return float(xgb.cv(params, matrix, rows.rounds, nfold=nfold)["test-logloss-mean"].iloc[-1])
 
     def ours() -> float:
         found = dask_xgboost.cv(
