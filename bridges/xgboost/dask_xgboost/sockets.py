@@ -40,8 +40,8 @@ WILDCARDS = ("0.0.0.0", "::")
 #: Seconds between looks at what is connecting.
 _LOOK_AGAIN = 0.1
 
-#: Seconds after which it is looked for a new connection, each time.
-_LOOKS = (0.001, 0.002, 0.004, 0.008, 0.016, 0.032)
+#: Seconds between looks for the connection to a tracker.
+_LOOKS = tuple(0.001 * 2**number for number in range(13))
 
 
 class _Socket(NamedTuple):
