@@ -1,120 +1,241 @@
 """Training and prediction with XGBoost: dask_xgboost beside xgboost.dask and beside one process.
 
-All three get the same rows, the same parameters and as many threads in all. The
-contenders take turns, so that what slows the machine down slows all of them.
+All get the same rows, the same parameters and as many threads in all, and take
+turns, so that what slows the machine down slows all of them. CPU seconds are
+those of the workers and of this process together.
 
-Run: python benchmarks/xgboost_train.py [--rows 300000] [--columns 50] [--rounds 30] [--repeats 5]
+Run: python benchmarks/xgboost_train.py [--only cold,tiny,...] [--rows 1000000] [--repeats 5]
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
+import gc
+import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
-import dask.array as da
-import numpy as np
-import xgboost as xgb
-from distributed import Client, LocalCluster, wait
+from dask.utils import format_bytes
+from distributed import Client, LocalCluster
 from xgboost import dask as dxgb
 
-import dask_xgboost
+from xgboost_peers import (
+    DMATRIX,
+    OURS,
+    QUANTILE,
+    Rows,
+    arrays,
+    dense_part,
+    flights,
+    ours,
+    predictions,
+    sparse_part,
+    theirs,
+    trainings,
+    validations,
+)
 
-WORKERS = 2
-PARAMS = {"objective": "binary:logistic", "eval_metric": "logloss", "max_depth": 6, "tree_method": "hist"}
-
-
-def make(client: Client, rows: int, columns: int) -> tuple[Any, Any, Any, Any]:
-    """The data: distributed, and the same in this process."""
-    rng = np.random.default_rng(0)
-    X = rng.normal(size=(rows, columns)).astype("float32")
-    y = (X[:, :5].sum(axis=1) + rng.normal(size=rows) > 0).astype("float32")
-    chunk = rows // (4 * WORKERS)
-    dX, dy = client.persist([da.from_array(X, chunks=(chunk, columns)), da.from_array(y, chunks=chunk)])
-    wait([dX, dy])
-    return X, y, dX, dy
-
-
-def contenders(client: Client, data: tuple[Any, Any, Any, Any], rounds: int) -> dict[str, Callable[[], Any]]:
-    X, y, dX, dy = data
-
-    def ours() -> Any:
-        return dask_xgboost.train(
-            client, PARAMS, dX, dy, num_boost_round=rounds, evals=[(dX, "train")], evals_result={}, progress=False
-        )
-
-    def theirs(matrix: Any) -> Callable[[], Any]:
-        def train() -> Any:
-            dtrain = matrix(client, dX, dy)
-            result = dxgb.train(client, PARAMS, dtrain, num_boost_round=rounds, evals=[(dtrain, "train")])
-            return result["booster"]
-
-        return train
-
-    def alone() -> Any:
-        dtrain = xgb.QuantileDMatrix(X, y, nthread=WORKERS)
-        params = {**PARAMS, "nthread": WORKERS}
-        return xgb.train(params, dtrain, rounds, evals=[(dtrain, "train")], verbose_eval=False)
-
-    return {
-        "dask_xgboost": ours,
-        "xgboost.dask, QuantileDMatrix": theirs(dxgb.DaskQuantileDMatrix),
-        "xgboost.dask, DMatrix": theirs(dxgb.DaskDMatrix),
-        f"one process, {WORKERS} threads": alone,
-    }
+SECTIONS: dict[str, Callable[[Any], None]] = {}
 
 
-def predictors(client: Client, data: tuple[Any, Any, Any, Any], booster: xgb.Booster) -> dict[str, Callable[[], Any]]:
-    X, _, dX, _ = data
-
-    def done(collection: Any) -> None:
-        wait(client.persist(collection))
-
-    return {
-        "dask_xgboost": lambda: done(dask_xgboost.predict(client, booster, dX)),
-        "xgboost.dask, inplace_predict": lambda: done(dxgb.inplace_predict(client, booster, dX)),
-        f"one process, {WORKERS} threads": lambda: booster.inplace_predict(X),
-    }
+def section(function: Callable[[Any], None]) -> Callable[[Any], None]:
+    SECTIONS[function.__name__] = function
+    return function
 
 
-def compare(title: str, run: dict[str, Callable[[], Any]], repeats: int) -> None:
+# Measuring
+
+
+@contextmanager
+def cluster(workers: int = 2) -> Iterator[Client]:
+    with (
+        LocalCluster(n_workers=workers, threads_per_worker=1, memory_limit=0, dashboard_address=":0") as started,
+        Client(started) as client,
+    ):
+        client.run(silence)
+        yield client
+
+
+def silence() -> None:
+    """XGBoost says on every worker which rank it has, whatever its verbosity."""
+    null = os.open(os.devnull, os.O_WRONLY)
+    for stream in (1, 2):
+        os.dup2(null, stream)
+
+
+def cpu(client: Client) -> float:
+    """Seconds that the workers, and this process, have computed for."""
+    return sum(client.run(time.process_time).values()) + time.process_time()
+
+
+def compare(title: str, client: Client, run: dict[str, Callable[[], Any]], repeats: int) -> None:
     """Time the contenders in turn; print medians, quartiles, and the ratio to the first, run by run."""
-    for call in run.values():
-        call()
     times: dict[str, list[float]] = {name: [] for name in run}
-    for _ in range(repeats):
+    spent: dict[str, list[float]] = {name: [] for name in run}
+    losses = {}
+    for _ in range(1 + repeats):
         for name, call in run.items():
-            start = time.perf_counter()
-            call()
+            before, start = cpu(client), time.perf_counter()
+            losses[name] = call()
             times[name].append(time.perf_counter() - start)
-    first = next(iter(times.values()))
-    print(f"\n{title:<48}{'median s':>10}{'q1':>8}{'q3':>8}{'of ours':>9}")
-    for name, taken in times.items():
-        low, _, high = statistics.quantiles(taken, n=4)
+            spent[name].append(cpu(client) - before)
+            gc.collect()
+    print(f"\n{title:<50}{'median s':>10}{'q1':>8}{'q3':>8}{'of ours':>9}{'cpu s':>8}{'log-loss':>10}", flush=True)
+    first = next(iter(times.values()))[1:]
+    for name, (_, *taken) in times.items():
+        low, middle, high = statistics.quantiles(taken, n=4)
         ratio = statistics.median(b / a for a, b in zip(first, taken))
-        print(f"  {name:<46}{statistics.median(taken):>10.3f}{low:>8.3f}{high:>8.3f}{ratio:>9.2f}")
+        loss = f"{losses[name]:10.5f}" if isinstance(losses[name], float) else ""
+        cost = statistics.median(spent[name][1:])
+        print(f"  {name:<48}{middle:>10.3f}{low:>8.3f}{high:>8.3f}{ratio:>9.2f}{cost:>8.2f}{loss}", flush=True)
+
+
+def peak_begins() -> int:
+    """Give free memory back, and count this process's peak from now on; what it has now, in bytes."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    with open("/proc/self/clear_refs", "w") as file:
+        file.write("5")
+    return _of_status("VmRSS")
+
+
+def peak() -> int:
+    return _of_status("VmHWM")
+
+
+def _of_status(name: str) -> int:
+    with open(f"/proc/{os.getpid()}/status") as file:
+        return next(int(line.split()[1]) for line in file if line.startswith(name)) * 1024
+
+
+# Sections
+
+
+def rows_of(client: Client, options: Any, parts: int = 8) -> Rows:
+    return replace(arrays(client, dense_part, options.rows, options.columns, parts), rounds=options.rounds)
+
+
+@section
+def cold(options: Any) -> None:
+    """Nothing on the workers but the rows."""
+    with cluster() as client:
+        rows = rows_of(client, options)
+        compare(f"cold, {shape(rows)}, {rows.rounds} rounds", client, trainings(rows), options.repeats)
+
+
+@section
+def repeated(options: Any) -> None:
+    """The same data again."""
+    with cluster() as client:
+        rows = rows_of(client, options)
+        compare(f"repeated, {shape(rows)}, {rows.rounds} rounds", client, trainings(rows, cold=False), options.repeats)
+
+
+@section
+def tiny(options: Any) -> None:
+    """What a training costs by itself."""
+    with cluster() as client:
+        rows = replace(arrays(client, dense_part, 2000, 10, 8), rounds=1)
+        repeats = 3 * options.repeats
+        compare("tiny, 2000 x 10, 1 round, cold", client, trainings(rows), repeats)
+        compare("tiny, 2000 x 10, 1 round, repeated", client, trainings(rows, cold=False), repeats)
+
+
+@section
+def memory(options: Any) -> None:
+    """Peak of the workers above what they have once the rows are there; new workers for each."""
+    print(f"\n{'peak of the workers above the raw data':<50}{'raw':>12}{'peak':>12}{'of raw':>9}")
+    contenders: dict[str, Callable[[Rows], Callable[[], float]]] = {
+        OURS: ours,
+        QUANTILE: lambda rows: theirs(rows, dxgb.DaskQuantileDMatrix),
+        DMATRIX: lambda rows: theirs(rows, dxgb.DaskDMatrix),
+    }
+    for name, contender in contenders.items():
+        with cluster() as client:
+            contender(arrays(client, dense_part, 2000, 10, 8, here=False))()  # imports what there is to import
+            rows = arrays(client, dense_part, options.rows, options.columns, 8, here=False)
+            before = client.run(peak_begins)
+            contender(replace(rows, rounds=options.rounds))()
+            above = sum(client.run(peak).values()) - sum(before.values())
+            raw = rows.features.nbytes
+            print(f"  {name:<48}{format_bytes(raw):>12}{format_bytes(above):>12}{above / raw:>9.2f}", flush=True)
+
+
+@section
+def predict(options: Any) -> None:
+    """Predictions, left on the workers."""
+    with cluster() as client:
+        rows = rows_of(client, options)
+        compare(f"predict {shape(rows)}, {rows.rounds} trees", client, predictions(rows), 3 * options.repeats)
+
+
+@section
+def wide(options: Any) -> None:
+    """Many columns."""
+    with cluster() as client:
+        rows = replace(arrays(client, dense_part, options.rows // 10, 40 * options.columns, 8), rounds=options.rounds)
+        compare(f"wide, {shape(rows)}, {rows.rounds} rounds", client, trainings(rows), options.repeats)
+
+
+@section
+def sparse(options: Any) -> None:
+    """CSR, one value in a hundred."""
+    with cluster() as client:
+        rows = replace(arrays(client, sparse_part, options.rows, 20 * options.columns, 8), rounds=options.rounds)
+        compare(f"sparse, {shape(rows)}, 1 %, {rows.rounds} rounds", client, trainings(rows), options.repeats)
+
+
+@section
+def categorical(options: Any) -> None:
+    """Flights, with carriers and airports."""
+    with cluster() as client:
+        rows = replace(flights(client, options.copies), rounds=options.rounds)
+        title = f"categorical, {len(rows.X)} x {rows.X.shape[1]}, {rows.rounds} rounds"
+        compare(title, client, trainings(rows), options.repeats)
+
+
+@section
+def growth(options: Any) -> None:
+    """From one worker to four, of one thread each."""
+    for workers in (1, 2, 4):
+        with cluster(workers) as client:
+            rows = replace(rows_of(client, options), threads=workers)
+            for title, is_cold in (("cold", True), ("repeated", False)):
+                run = trainings(rows, cold=is_cold)
+                compare(f"{title}, {shape(rows)}, workers: {workers}", client, run, options.repeats)
+
+
+@section
+def cv(options: Any) -> None:
+    """Five folds."""
+    with cluster() as client:
+        rows = rows_of(client, options, parts=10)
+        compare(f"cv, 5 folds, {shape(rows)}, {rows.rounds} rounds", client, validations(rows, 5), options.repeats)
+
+
+def shape(rows: Rows) -> str:
+    return " x ".join(map(str, rows.features.shape))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--rows", type=int, default=300_000)
+    parser.add_argument("--only", default=",".join(SECTIONS), help=f"of {', '.join(SECTIONS)}")
+    parser.add_argument("--rows", type=int, default=1_000_000)
     parser.add_argument("--columns", type=int, default=50)
     parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--copies", type=int, default=20, help="of the flights")
     parser.add_argument("--repeats", type=int, default=5)
     options = parser.parse_args()
-    with (
-        LocalCluster(n_workers=WORKERS, threads_per_worker=1, dashboard_address=":0") as cluster,
-        Client(cluster) as client,
-    ):
-        data = make(client, options.rows, options.columns)
-        run = contenders(client, data, options.rounds)
-        compare(f"train {options.rows} x {options.columns}, {options.rounds} rounds", run, options.repeats)
-        booster = run["dask_xgboost"]()
-        compare(f"predict {options.rows} rows", predictors(client, data, booster), options.repeats)
-        tiny = make(client, 2000, 10)
-        compare("train 2000 x 10, 1 round", contenders(client, tiny, 1), 3 * options.repeats)
+    wanted = options.only.split(",")
+    if unknown := set(wanted) - set(SECTIONS):
+        parser.error(f"--only {','.join(sorted(unknown))}: there are {', '.join(SECTIONS)}")
+    for name in wanted:
+        SECTIONS[name](options)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,8 @@
 """`predict` is lazy, and gives what `Booster.predict` gives, in the form of its input."""
 
+import pickle
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import dask
@@ -10,10 +13,11 @@ import pandas as pd
 import pytest
 import scipy.sparse
 import xgboost as xgb
-from distributed import Client
+from distributed import Client, LocalCluster
 
 import dask_xgboost
 from dask_bridges import DataError
+from dask_xgboost.prediction import _Model, _threads
 
 cluster = pytest.mark.cluster
 COLUMNS = ["f0", "f1", "f2", "f3", "f4"]
@@ -168,7 +172,7 @@ def test_the_booster_is_one_node_of_the_graph(rows: Any, boosters: Any) -> None:
         dask_xgboost.predict(None, boosters["binary:logistic", True], frame, pred_interactions=True),
     ):
         (lazy,) = dask.optimize(found)
-        assert sum("_load" in str(key) for key in dict(lazy.__dask_graph__())) == 1
+        assert sum("_Model" in str(key) for key in dict(lazy.__dask_graph__())) == 1
 
 
 @cluster
@@ -180,6 +184,49 @@ def test_any_client_may_compute_what_another_has_predicted(rows: Any, boosters: 
         np.testing.assert_allclose(other.compute(found).result(), values, rtol=1e-6)
     np.testing.assert_allclose(found.compute(), values, rtol=1e-6)
     np.testing.assert_allclose(found.compute(scheduler="threads"), values, rtol=1e-6)
+
+
+# Where and with what it is done
+
+
+def test_a_booster_of_gpus_is_predicted_on_cpus(rows: Any, boosters: Any) -> None:
+    booster = boosters["binary:logistic", False].copy()
+    values = expected(booster, rows.X)
+    booster.set_param({"device": "cuda"})
+    with lazily:
+        found = dask_xgboost.predict(None, booster, da.from_array(rows.X, chunks=(70, 5))).compute()
+    np.testing.assert_array_equal(found, values)
+
+
+_together = threading.Barrier(4)
+
+
+def _threads_of_one_of_four() -> int:
+    _together.wait(30)
+    try:
+        return _threads(10**6)
+    finally:
+        _together.wait(30)
+
+
+def test_threads_that_have_nothing_to_do_help_with_large_partitions() -> None:
+    with (
+        LocalCluster(n_workers=1, threads_per_worker=4, processes=False, dashboard_address=None) as cluster,
+        Client(cluster, set_as_default=False) as client,
+    ):
+        assert client.submit(_threads, 10**6).result() == 4
+        assert client.submit(_threads, 1000).result() == 1
+        assert client.gather([client.submit(_threads_of_one_of_four, pure=False) for _ in range(4)]) == [1, 1, 1, 1]
+    assert _threads(10**6) == 1
+
+
+def test_a_worker_loads_a_booster_once_and_sends_on_its_bytes(boosters: Any) -> None:
+    model = _Model(bytes(boosters["binary:logistic", False].save_raw("ubj")))
+    with ThreadPoolExecutor(4) as pool:
+        assert len({id(booster) for booster in pool.map(model.booster, [1] * 8)}) == 1
+    sent = pickle.dumps(model)
+    assert len(sent) < len(model.raw) + 200
+    assert pickle.loads(sent).booster(2).num_boosted_rounds() == 4
 
 
 # What is refused

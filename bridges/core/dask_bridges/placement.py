@@ -85,8 +85,10 @@ async def usable_workers(
     PlacementError
         If there is none, if a named one is not there, or if all are paused.
     """
-    await _first_worker(client, config.seconds("timeout", timeout))
     there = await all_workers(client)
+    if not there:
+        await _first_worker(client, config.seconds("timeout", timeout))
+        there = await all_workers(client)
     chosen = _choose(there, workers)
     running = [worker for worker in chosen if worker.status == "running"]
     if not running:
@@ -140,8 +142,6 @@ async def _running(client: Client) -> list[WorkerInfo]:
 
 async def _first_worker(client: Client, timeout: float) -> None:
     """Wait until the cluster has a worker, with a task of ours queued so that an adaptive one grows."""
-    if await all_workers(client):
-        return
     future = client.submit(int, pure=False)
     try:
         await asyncio.wait_for(client.gather(future), timeout)

@@ -8,6 +8,7 @@ import functools
 import logging
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -19,7 +20,7 @@ from xgboost.tracker import RabitTracker
 from dask_bridges.errors import PlacementError
 from dask_bridges.ports import port_range
 from dask_bridges.task import WorkerMember
-from dask_xgboost.sockets import CollectiveSockets, shut_down_port
+from dask_xgboost.sockets import CollectiveSockets, send_at_once, shut_down_port
 
 __all__ = ["apart", "capture_log", "communicator", "is_collective_error"]
 
@@ -68,6 +69,9 @@ def _DROP(message: bytes) -> None:
 #: Seconds in which a tracker that is to end does.
 TRACKER_TIMEOUT = 5
 
+#: Seconds in which the thread of a tracker begins.
+_BEGINNING = 0.002
+
 
 class _Tracker:
     """A `RabitTracker` that is freed once, by whichever thread comes first."""
@@ -75,7 +79,10 @@ class _Tracker:
     def __init__(self, world: int, host: str, ports: range) -> None:
         self._lock = threading.Lock()
         self._tracker = self._started(world, host, ports)
+        # It looks whether the thread has begun, and if not sleeps for 0.1 s.
+        time.sleep(_BEGINNING)
         self.args: dict[str, Any] = self._tracker.worker_args()
+        send_at_once(int(self.args["dmlc_tracker_port"]))
 
     @staticmethod
     def _started(world: int, host: str, ports: range) -> RabitTracker:
@@ -156,7 +163,7 @@ def _join(member: WorkerMember, sockets: CollectiveSockets, args: dict[str, Any]
     """Join the group that gathers at the tracker, and say where; who is asked to stop is blocked in it no longer."""
     there = (str(args["dmlc_tracker_uri"]), int(args["dmlc_tracker_port"]))
     member.on_stop(functools.partial(sockets.break_connections_to, there))
-    with sockets.opening():
+    with sockets.opening(), sockets.sending_at_once(there):
         # Ranks follow the sorted task ids, so that XGBoost's rank is the gang's.
         # One retry: the tracker listens already, and when it is gone, goodbyes to it should not take long.
         collective.init(**args, dmlc_task_id=f"{member.rank:06d}", dmlc_retry=1)

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import math
+import threading
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import dask
 import numpy as np
 import xgboost as xgb
-from distributed import Client
+from distributed import Client, get_worker
 
 from dask_bridges import partitions
 from dask_bridges.errors import DataError
 from dask_bridges.shipping import sealed
 
 __all__ = ["predict"]
+
+#: From so many rows on, another thread saves more than it costs to start.
+_ROWS_A_THREAD = 10_000
 
 
 @dataclass(frozen=True)
@@ -59,7 +63,9 @@ def predict(
     """Predict every row of `data`, lazily; the keywords of `xgboost.Booster.predict`.
 
     Nothing runs before the result is computed, by whichever client or scheduler.
-    The booster travels once to each worker.
+    The booster travels once to each worker, which loads it once. A partition is
+    predicted by one thread, and by more where a worker has fewer partitions to
+    predict than threads. It is done on CPUs, wherever the booster was trained.
 
     Parameters
     ----------
@@ -119,7 +125,7 @@ def predict(
         return predict_block(data, base_margin, booster=booster, options=options, like_input=True)
     _check_features(booster, data, options)
     # A task, not a value: values may be copied into every task that uses them.
-    node = dask.delayed(sealed(_load), pure=True)(bytes(booster.save_raw("ubj")))
+    node = dask.delayed(sealed(_Model), pure=True)(bytes(booster.save_raw("ubj")))
     if partitions.is_array(data):
         return _predict_array(node, booster, data, base_margin, options)
     return _predict_frame(node, booster, data, base_margin, options)
@@ -131,11 +137,42 @@ def _booster_of(model: Any) -> xgb.Booster:
     raise TypeError(f"model is an xgboost.Booster, not {type(model).__name__}")
 
 
-def _load(raw: bytes) -> xgb.Booster:
-    """The booster on a worker; one thread a task, since a worker runs as many tasks as it has threads."""
-    booster = xgb.Booster(model_file=bytearray(raw))
-    booster.set_param({"nthread": 1})
-    return booster
+class _Model:
+    """The booster on a worker, loaded once by the first task that needs it; it travels as bytes.
+
+    One for each number of threads: a booster is asked by several tasks at once,
+    and the number is part of it.
+    """
+
+    def __init__(self, raw: bytes) -> None:
+        self.raw = raw
+        self._loaded: dict[int, xgb.Booster] = {}
+        self._loading = threading.Lock()
+
+    def booster(self, threads: int) -> xgb.Booster:
+        """With so many threads."""
+        with self._loading:
+            if threads not in self._loaded:
+                booster = xgb.Booster(model_file=bytearray(self.raw))
+                booster.set_param({"nthread": threads})
+                self._loaded[threads] = booster
+            return self._loaded[threads]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Model, (self.raw,)
+
+    def __sizeof__(self) -> int:
+        return object.__sizeof__(self) + 2 * len(self.raw)
+
+
+def _threads(rows: int) -> int:
+    """How many threads are for this task: one, and more where its worker has fewer tasks than threads."""
+    try:
+        state = get_worker().state
+    except ValueError:  # another scheduler's task
+        return 1
+    tasks = len(state.executing) + len(state.ready)
+    return min(max(1, int(state.nthreads) // max(1, tasks)), 1 + rows // _ROWS_A_THREAD)
 
 
 def _check_features(booster: xgb.Booster, data: Any, options: _Options) -> None:
@@ -229,7 +266,7 @@ def predict_block(
     X: Any,
     base_margin: Any = None,
     *,
-    booster: xgb.Booster,
+    booster: xgb.Booster | _Model,
     options: _Options,
     shape: tuple[int, ...] | None = None,
     like_input: bool = False,
@@ -241,6 +278,9 @@ def predict_block(
     margin = None if base_margin is None else np.asarray(base_margin)
     if shape is not None and not X.shape[0]:
         values = np.empty((0, *shape), dtype="float32")
+    elif isinstance(booster, _Model):
+        threads = _threads(X.shape[0])
+        values = _values(booster.booster(threads), X, margin, options, threads)
     else:
         values = _values(booster, X, margin, options)
     if not like_input or not hasattr(X, "iloc"):
@@ -252,7 +292,7 @@ def predict_block(
     return pd.DataFrame(values, index=X.index) if values.ndim == 2 else values
 
 
-def _values(booster: xgb.Booster, X: Any, margin: Any, options: _Options) -> Any:
+def _values(booster: xgb.Booster, X: Any, margin: Any, options: _Options, threads: int = 0) -> Any:
     frame = hasattr(X, "iloc")
     validate = options.validate_features and frame and booster.feature_names is not None
     if options.in_place:
@@ -270,7 +310,7 @@ def _values(booster: xgb.Booster, X: Any, margin: Any, options: _Options) -> Any
         base_margin=margin,
         missing=options.missing,
         enable_categorical=True,
-        nthread=1,
+        nthread=threads,
         feature_names=None if frame else booster.feature_names,
         feature_types=None if frame else booster.feature_types,
     )
