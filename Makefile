@@ -8,7 +8,7 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check
 TORCH  ?= torch==2.13.0
 MAKEFLAGS += --no-print-directory
 
-.PHONY: help demo test test-slow lint bench docs clean
+.PHONY: help demo test test-slow lint bench notebooks docs clean
 help:  ## what there is
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
 
@@ -29,7 +29,7 @@ lint: $(VENV)/.dev  ## ruff, mypy --strict, import directions
 
 bench: $(VENV)/.dev  ## the benchmarks, each beside its peer
 	$(BIN)/python benchmarks/gang_cost.py
-	$(BIN)/python benchmarks/xgboost_train.py
+	$(BIN)/python benchmarks/xgboost_train.py --only cold,repeated,tiny,predict
 	$(BIN)/python benchmarks/detection.py
 	$(BIN)/python benchmarks/models_moving.py
 	$(BIN)/python benchmarks/spool.py
@@ -38,13 +38,17 @@ bench: $(VENV)/.dev  ## the benchmarks, each beside its peer
 	$(BIN)/python benchmarks/tf_cluster.py
 	$(BIN)/python benchmarks/keras_fit.py
 	$(BIN)/python benchmarks/report_cost.py
+	$(BIN)/python benchmarks/glm.py
+
+notebooks: $(VENV)/.dev  ## execute the notebooks and keep their outputs; one of them with N=path
+	$(BIN)/python notebooks/execute.py $(N)
 
 docs: $(VENV)/.dev  ## the documentation, to docs/_build/html
 	$(PIP) install --quiet -e ".[docs]"
 	$(BIN)/python -m sphinx -W -b html docs docs/_build/html
 
 clean:  ## remove what make made
-	rm -rf $(VENV) docs/_build dist demo-output .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) docs/_build docs/notebooks dist demo-output .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
