@@ -195,12 +195,9 @@ class Takes(xgb.callback.TrainingCallback):
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize(("stored", "disk"), [(True, False), (False, True)], ids=["folder", "workers, on disk"])
-def test_a_training_under_kills_ends_with_the_right_model(
-    client: Client, tmp_path: Path, disk: bool, stored: bool
-) -> None:
+def test_a_training_under_kills_ends_with_the_right_model(client: Client, tmp_path: Path) -> None:
     rounds = 300
-    matrix = dask_xgboost.DMatrix(client, *data(), external_memory=disk)
+    matrix = dask_xgboost.DMatrix(client, *data())
     options: Any = {"num_boost_round": rounds, "checkpoint_every": 5, "evals": [(matrix, "train")]}
     histories: list[dict[str, Any]] = [{}, {}]
     oracle = dask_xgboost.train(client, PARAMS, matrix, evals_result=histories[0], **options)
@@ -222,7 +219,7 @@ def test_a_training_under_kills_ends_with_the_right_model(
     try:
         booster = dask_xgboost.train(
             client, PARAMS, matrix, callbacks=[Takes()], evals_result=histories[1], max_restarts=1000,
-            checkpoint=tmp_path / "kept" if stored else None, **options,
+            checkpoint=tmp_path / "kept", **options,
         )  # fmt: skip
     finally:
         over.set()
