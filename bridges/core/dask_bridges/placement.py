@@ -13,7 +13,7 @@ from dask.utils import format_bytes
 from distributed import Client
 
 from dask_bridges import config, probe
-from dask_bridges.errors import PlacementError
+from dask_bridges.errors import PlacementError, WorkerLeft
 
 __all__ = [
     "WorkerInfo",
@@ -198,7 +198,8 @@ async def check_packages(
         answers = await client.run(probe.look, tuple(packages), imports, workers=new, on_error="return")
         for worker, found in answers.items():
             if isinstance(found, Exception):
-                raise PlacementError(f"worker {worker} does not say what is installed there: {found}") from found
+                kind = WorkerLeft if isinstance(found, OSError) else PlacementError
+                raise kind(f"worker {worker} does not say what is installed there: {found}") from found
             for package in packages:
                 known[worker, package] = {**found[package], "python": found["python"]}
     for worker in workers:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import os
 import time
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from distributed import Client, Worker
 
 from dask_bridges import clients, config, partitions, placement
 from dask_bridges.errors import DataError, PlacementError
-from dask_xgboost import checks, grouping
+from dask_xgboost import checks, external, grouping
 from dask_xgboost.blocks import FIELDS, BlockInfo, inspect, union_of_categories
 from dask_xgboost.resident import Residents
 
@@ -36,6 +37,7 @@ class MatrixOptions:
     feature_types: Sequence[str] | None = None
     missing: float = float("nan")
     enable_categorical: bool = True
+    external_memory: bool | str = False
 
 
 @dataclass(frozen=True)
@@ -109,6 +111,9 @@ class DMatrix:
     release : bool, default False
         Let go of the partitions once a training has binned them. They are computed again where a worker is lost,
         memory is short, or a training wants other bins.
+    external_memory : bool or path, default False
+        Keep what is binned on the workers' disks, for data that are larger than their memory: True for the local
+        directory of each worker, or the absolute path of a folder on each. Not for GPUs.
 
     Raises
     ------
@@ -144,10 +149,12 @@ class DMatrix:
         missing: float = float("nan"),
         enable_categorical: bool = True,
         release: bool = False,
+        external_memory: bool | str | os.PathLike[str] = False,
     ) -> None:
         client = clients.current(client)
         values = (_label(y, label), weight, base_margin, qid, label_lower_bound, label_upper_bound)
-        options = MatrixOptions(feature_weights, feature_names, feature_types, missing, enable_categorical)
+        disk = external.checked(external_memory)
+        options = MatrixOptions(feature_weights, feature_names, feature_types, missing, enable_categorical, disk)
         self._define(client, X, dict(zip(FIELDS, values)), options, role="X")
         self.release = release
         prepare(client, [self])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -16,13 +17,17 @@ from dask_bridges.task import WorkerMember
 from dask_xgboost import cuts
 from dask_xgboost.blocks import as_array, recode, split
 from dask_xgboost.dmatrix import MatrixSpec
+from dask_xgboost.external import ExternalMatrix, cache_folder
 from dask_xgboost.gathering import all_gather
-from dask_xgboost.quantiles import compress, quantiles, summarise
+from dask_xgboost.quantiles import Collected, compress_all, quantiles, summarise
 
 __all__ = ["Binning", "build", "common_cuts"]
 
-#: Bytes of summaries that are gathered at a time; with more, ranks bring theirs down to as much as one block's.
+#: Bytes of summaries: with more, ranks bring theirs down to as much as one block's.
 _GATHERED = 1 << 26
+
+#: Bytes of summaries that are gathered, and merged, at a time.
+_PIECE = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -35,7 +40,8 @@ class Binning:
 
 def _block(member: WorkerMember, spec: MatrixSpec, key: Any) -> tuple[Any, dict[str, Any]]:
     """Features and fields as XGBoost takes them, groups together."""
-    X, fields = split(partitions.take(member.worker, key), dict(spec.columns))
+    part = partitions.take(member.worker, key, aside=bool(spec.options.external_memory))
+    X, fields = split(part, dict(spec.columns))
     X = recode(X, spec.categories)
     ready = {name: as_array(values) for name, values in fields.items() if name != "qid"}
     if "qid" in fields:
@@ -53,16 +59,19 @@ def _block(member: WorkerMember, spec: MatrixSpec, key: Any) -> tuple[Any, dict[
 
 
 class _Blocks(xgb.DataIter):  # type: ignore[misc]
-    """Feeds XGBoost the blocks of this rank. XGBoost reads them four times, and three with a reference."""
+    """Feeds XGBoost the blocks of this rank.
 
-    def __init__(self, member: WorkerMember, spec: MatrixSpec, empty: Any) -> None:
+    XGBoost reads them four times, and three with a reference; in external memory once less.
+    """
+
+    def __init__(self, member: WorkerMember, spec: MatrixSpec, empty: Any, cache: str | None) -> None:
         self.member = member
         self.spec = spec
         self.empty = empty
         self.seconds = 0.0
         self.prototype: Any = None
         self._position = 0
-        super().__init__(release_data=True)
+        super().__init__(cache_prefix=cache, release_data=True)
 
     def reset(self) -> None:
         """Start over."""
@@ -106,22 +115,24 @@ def build(
     member : Member
     spec : MatrixSpec
     binning : Binning
-    ref : xgboost.QuantileDMatrix, optional
+    ref : xgboost.DMatrix, optional
         Whose cuts are used. Without, ranks find them together, by XGBoost's sketch.
     empty : optional
         A block of no rows, used where this rank holds none.
 
     Returns
     -------
-    matrix : xgboost.QuantileDMatrix
+    matrix : xgboost.QuantileDMatrix, or ExternalMatrix where the options say so
     prototype
         A block of no rows of the same kind, None where there was no block.
     """
     options = spec.options
-    blocks = _Blocks(member, spec, empty)
+    folder = cache_folder(member, options.external_memory) if options.external_memory else None
+    kind = xgb.QuantileDMatrix if folder is None else functools.partial(ExternalMatrix, folder)
+    blocks = _Blocks(member, spec, empty, None if folder is None else str(folder.path / "bins"))
     member.tally.begin()
     with member.span("build"):
-        matrix = xgb.QuantileDMatrix(
+        matrix = kind(
             blocks,
             missing=options.missing,
             nthread=binning.nthread,
@@ -143,19 +154,17 @@ def common_cuts(member: WorkerMember, spec: MatrixSpec, binning: Binning) -> dic
     unless there are so many that each rank summarises its own.
     """
     points = 4 * binning.max_bin
-    found = []
+    found = Collected(points, _PIECE if spec.options.external_memory else _GATHERED)
     with member.span("build"):
         for key in spec.keys:
             member.check()
             X, fields = _block(member, spec, key)
             weight = _row_weight(fields)
-            found.append(
-                summarise(X, points=points, missing=spec.options.missing, weight=weight, nthread=binning.nthread)
-            )
+            found.add(summarise(X, points=points, missing=spec.options.missing, weight=weight, nthread=binning.nthread))
         types = cuts.types(spec) or ()
         coded = {number for number, kind in enumerate(types) if kind == "c"}
         edges: dict[int, Any] = {}
-        for summaries in _gathered(np.concatenate(found), spec.num_features, points):
+        for summaries in _gathered(found.each(), spec.num_features, points):
             edges |= quantiles(summaries, binning.max_bin, coded)
     return edges
 
@@ -168,12 +177,12 @@ def _row_weight(fields: dict[str, Any]) -> Any:
     return np.repeat(weight, np.unique(fields["qid"], return_counts=True)[1])
 
 
-def _gathered(own: Any, columns: int, points: int) -> Iterator[Any]:
+def _gathered(found: list[Any], columns: int, points: int) -> Iterator[Any]:
     """The summaries of all ranks, of some columns at a time."""
-    total = all_gather(np.array([own.nbytes])).sum()
+    total = all_gather(np.array([sum(each.nbytes for each in found)])).sum()
+    own = compress_all(found, points) if total > _GATHERED else np.concatenate(found)
     if total > _GATHERED:
-        own = compress(own, points)
         total = all_gather(np.array([own.nbytes])).sum()
-    for some in np.array_split(np.arange(columns), max(1, -(-total // _GATHERED))):
+    for some in np.array_split(np.arange(columns), max(1, -(-total // _PIECE))):
         mine = own[(own["column"] >= some[0]) & (own["column"] <= some[-1])] if len(some) < columns else own
         yield all_gather(mine.view("int64")).view(own.dtype)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable, Sequence
+import traceback
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -111,10 +113,24 @@ def train_rank(member: WorkerMember, spec: TrainSpec) -> TrainResult | None:
         xgb.config_context(**loop.config),
         communicator(member, loop.tracker_host, loop.tracker_port),
         lent(member, [each.held for each in spec.matrices.each]) as held,
+        _nothing_held_by_errors(),
     ):
         agreed = agree(member, spec.matrices, held)
         booster, history = (None, {}) if agreed.lacking else _trained(member, spec, agreed, held)
     return TrainResult(booster, history, loop.callbacks, agreed) if member.rank == 0 else None
+
+
+@contextlib.contextmanager
+def _nothing_held_by_errors() -> Iterator[None]:
+    """Let go of matrices, and so of what they have on disk, whoever keeps the error that ends a training."""
+    try:
+        yield
+    except BaseException as error:
+        cause: BaseException | None = error
+        while cause is not None:
+            traceback.clear_frames(cause.__traceback__)
+            cause = cause.__cause__ or cause.__context__
+        raise
 
 
 def _trained(

@@ -16,11 +16,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import xgboost as xgb
 from distributed import Client, Future, Worker, get_worker
 
 from dask_bridges.task import WorkerMember
 
-__all__ = ["Built", "Resident", "Residents", "lent", "offered"]
+__all__ = ["Built", "Resident", "Residents", "disown", "lent", "offered"]
 
 #: Seconds for which a member that has ended leaves what it has built to the client.
 LEFT_FOR = 60.0
@@ -49,7 +50,9 @@ class Built:
 
     @property
     def nbytes(self) -> int:
-        """About what it takes: a bin's number for each entry, twice, and a few numbers a row."""
+        """About what it takes of memory: a bin's number for each entry, twice, and a few numbers a row."""
+        if isinstance(self.matrix, xgb.ExtMemQuantileDMatrix):
+            return 16 * int(self.matrix.num_row())
         bins = self.matrix.get_quantile_cut()[0]
         each = 1 if not len(bins) or max(bins[1:] - bins[:-1]) <= 256 else 2
         return 2 * each * int(self.matrix.num_nonmissing()) + 16 * int(self.matrix.num_row())
@@ -99,7 +102,10 @@ def lent(member: WorkerMember, keys: Sequence[str | None]) -> Iterator[list[Buil
                 found.append(built)
             else:
                 found.append(None)
-        yield found
+        try:
+            yield found
+        finally:
+            found.clear()  # an error that is kept would keep it
 
 
 def _take(token: str) -> Resident:
@@ -107,7 +113,20 @@ def _take(token: str) -> Resident:
     return Resident(_offered.pop((worker.address, token), None))
 
 
+def _disown(tokens: Sequence[str], dask_worker: Worker) -> None:
+    for token in tokens:
+        _offered.pop((dask_worker.address, token), None)
+
+
 # On the client
+
+
+async def disown(client: Client, workers: Sequence[str], tokens: Sequence[str]) -> None:
+    """Have workers forget what was left under these tokens, which nobody takes."""
+    if tokens and client.status == "running":
+        with contextlib.suppress(OSError, TimeoutError):
+            async with asyncio.timeout(TAKEN_WITHIN):
+                await client.run(_disown, tokens, workers=list(workers), on_error="ignore")
 
 
 class Residents:

@@ -19,7 +19,7 @@ from distributed import Client
 from dask_bridges import config, placement
 from dask_bridges.about import About
 from dask_bridges.devices.members import Wanted
-from dask_bridges.errors import BridgeError, MemberLost, WorkerLeft
+from dask_bridges.errors import BridgeError, DataError, MemberLost, WorkerLeft
 from dask_bridges.events import Event, FinishAsked, Progress
 from dask_bridges.gang import Gang, GangPlan
 from dask_bridges.placement import WorkerInfo
@@ -30,6 +30,7 @@ from dask_xgboost.dmatrix import PACKAGES, DMatrix
 from dask_xgboost.places import Places
 from dask_xgboost.rank import Loop, TrainResult, TrainSpec, train_rank
 from dask_xgboost.ready import Agreed, MatricesSpec
+from dask_xgboost.resident import disown
 from dask_xgboost.resuming import Keeping, State
 
 __all__ = ["Supervised"]
@@ -92,6 +93,12 @@ class Supervised:
 
     def __post_init__(self) -> None:
         self._gpus = wants_gpus(self.loop.params)
+        external = [matrix.role for matrix in self.matrices if matrix.options.external_memory]
+        if external and self._gpus:
+            raise DataError(
+                f"{external[0]} is in external memory, which is the worker's disk, and device='cuda' trains on what is "
+                "in the GPU's memory: leave external_memory or device out"
+            )
         self._max_bin = int(self.loop.params.get("max_bin", MAX_BIN))
         self._tokens: list[str] = []  # of what an attempt leaves on the workers, by matrix
 
@@ -156,6 +163,7 @@ class Supervised:
                 logger.warning("%s It goes on from what was kept; round %d had been reached.", lost, come)
             except BridgeError as error:
                 await self._kept(wanted=False)
+                await disown(self.client, self._ranks, self._tokens)
                 error.__cause__ = error.__cause__ or earlier
                 raise
             else:
@@ -442,7 +450,7 @@ class Supervised:
                 stacklevel=2,
             )
         for worker in workers:
-            parts = [matrix.parts for matrix in self.matrices]
+            parts = [matrix.parts for matrix in self.matrices if not matrix.options.external_memory]
             # Binned, a matrix takes about as much again as its partitions; half of that with few bins.
             need = sum(p.nbytes_on(worker.address) for p in parts)
             free = worker.memory_limit - worker.memory

@@ -18,7 +18,7 @@ from dask_bridges.events import Listener
 from dask_bridges.ports import port_range
 from dask_bridges.reporting import Recorder, asked, reported
 from dask_bridges.ui.progress import ProgressBar, wants_bar
-from dask_xgboost import checks, known, resuming
+from dask_xgboost import checks, external, known, resuming
 from dask_xgboost.dmatrix import DMatrix, MatrixOptions, _label
 from dask_xgboost.places import Places
 from dask_xgboost.rank import Loop
@@ -58,6 +58,7 @@ def train(
     enable_categorical: bool = True,
     max_bin: int | None = None,
     cuts: str = "auto",
+    external_memory: bool | str | os.PathLike[str] = False,
     workers: Sequence[str] | None = None,
     n_workers: int | None = None,
     resources: Mapping[str, float] | None = None,
@@ -127,6 +128,9 @@ def train(
         Where columns are cut into bins: at the quantiles of all rows, each within a ``1 / (4 * max_bin)`` of the
         exact one, whose cuts do not depend on where partitions lie; or where XGBoost's own sketch of each
         worker's rows says, which takes longer. "auto" is "quantiles" from 100,000 rows on, and "sketch" on GPUs.
+    external_memory : bool or path, default False
+        Keep what is binned on the workers' disks, for data that are larger than their memory, also of evaluation
+        sets. See `DMatrix`; a matrix that is given says so itself.
     workers : sequence of str, optional
         Addresses or names of the workers to use.
     n_workers : int, optional
@@ -202,7 +206,10 @@ def train(
     placement.refuse_plaintext(client, allow_plaintext, "XGBoost's tracker and collective traffic")
     given = {"label": _label(y, label), "weight": weight, "base_margin": base_margin, "qid": qid,
              "label_lower_bound": label_lower_bound, "label_upper_bound": label_upper_bound}  # fmt: skip
-    options = MatrixOptions(feature_weights, feature_names, feature_types, missing, enable_categorical)
+    disk = external.checked(external_memory)
+    if disk and isinstance(X, DMatrix):
+        raise DataError("X is a DMatrix: pass external_memory when it is made")
+    options = MatrixOptions(feature_weights, feature_names, feature_types, missing, enable_categorical, disk)
     matrix = matrix_of(client, X, given, options, "X")
     loop = Loop(
         params=settings,

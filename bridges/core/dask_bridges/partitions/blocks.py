@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -77,8 +78,15 @@ def cut(start: int | None, stop: int | None, part: Part) -> Part:
     }
 
 
-def take(worker: Worker, key: Any) -> Part:
+def take(worker: Worker, key: Any, *, aside: bool = False) -> Part:
     """The part of `key` from the worker's own store, read back from disk if it was spilled.
+
+    Parameters
+    ----------
+    worker : Worker
+    key
+    aside : bool
+        Have the worker keep it on disk and not in memory, as who reads more than that holds does.
 
     Raises
     ------
@@ -86,10 +94,22 @@ def take(worker: Worker, key: Any) -> Part:
         If it is not there any more.
     """
     try:
-        part: Part = worker.data[key]
+        part: Part = _aside(worker.data, key) if aside else worker.data[key]
     except KeyError:
         raise DataError(
             f"partition {key} is no longer on worker {worker.address}: was the cluster rebalanced "
             "or the worker retired during the training? Train again."
         ) from None
     return part
+
+
+def _aside(data: Any, key: Any) -> Any:
+    """A value of a worker's store, which is on disk afterwards where the store has one."""
+    on_disk = getattr(data, "slow", {})
+    with contextlib.suppress(KeyError):
+        return on_disk[key]  # other than ``data[key]``, which would move it back and others out
+    value = data[key]
+    if hasattr(data, "slow"):
+        with contextlib.suppress(Exception):  # the disk is full: it stays
+            data.fast.evict(key)
+    return value

@@ -1,0 +1,230 @@
+"""Checkpoints of trainings: whole or absent whenever the writer dies, in a bucket behind HTTP, and in a long soak."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import dask.array as da
+import dask.config
+import numpy as np
+import pytest
+import xgboost as xgb
+from distributed import Client, LocalCluster
+from xgboost import collective
+
+import dask_xgboost
+from dask_bridges import MemberLost
+from dask_bridges.checkpoints import Checkpoints
+from dask_bridges.testing import wait_until_free
+from dask_xgboost import resuming
+
+pytestmark = [pytest.mark.cluster, pytest.mark.slow]
+
+WORKERS, ROWS, ROUNDS, EVERY = 2, 600, 11, 4
+PARAMS = {"objective": "binary:logistic", "max_depth": 3, "eta": 0.5, "seed": 9, "subsample": 0.5}
+
+
+def data() -> tuple[Any, Any]:
+    rng = np.random.default_rng(1)
+    X = rng.normal(size=(ROWS, 4)).astype("float32")
+    y = (X[:, 0] * X[:, 1] > 0).astype("float32")
+    return da.from_array(X, chunks=(100, 4)), da.from_array(y, chunks=100)
+
+
+@pytest.fixture
+def client() -> Iterator[Client]:
+    deadlines = {"stop-timeout": "5s", "start-timeout": "60s", "timeout": "60s", "worker-return-timeout": "60s"}
+    with (
+        dask.config.set({f"dask-bridges.{name}": value for name, value in deadlines.items()}),
+        LocalCluster(n_workers=WORKERS, threads_per_worker=1, dashboard_address=":0") as cluster,
+        Client(cluster, set_as_default=False) as client,
+    ):
+        yield client
+        wait_until_free(client, timeout=10)
+
+
+# In a bucket
+
+
+@pytest.fixture
+def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A bucket of an emulator of Google's storage, which speaks HTTP on this machine alone; workers inherit where."""
+    # Newer ones of gcsfs ask for the kind of a bucket by gRPC, which emulators do not speak; read as it is imported.
+    monkeypatch.setenv("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
+    pytest.importorskip("gcsfs")
+    server = pytest.importorskip("gcp_storage_emulator.server").create_server(
+        "127.0.0.1", 0, in_memory=True, default_bucket="trainings"
+    )
+    server.start()
+    try:
+        port = server._api._httpd.socket.getsockname()[1]
+        monkeypatch.setenv("STORAGE_EMULATOR_HOST", f"http://127.0.0.1:{port}")
+        yield "gs://trainings/run"
+    finally:
+        server.stop()
+
+
+class DiesAt(xgb.callback.TrainingCallback):
+    """Kills the worker of rank 0 after a round, once; writes down the rounds of rank 1."""
+
+    def __init__(self, folder: Path, round_: int) -> None:
+        self.folder, self.round = folder, round_
+
+    def after_iteration(self, model: Any, epoch: int, evals_log: Any) -> bool:
+        if collective.get_rank() == 1:
+            with (self.folder / "rounds").open("a") as file:
+                file.write(f"{epoch}\n")
+        elif epoch == self.round and not (self.folder / "died").exists():
+            (self.folder / "died").touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return False
+
+    def rounds(self) -> list[int]:
+        return [int(line) for line in (self.folder / "rounds").read_text().split()]
+
+
+def test_a_training_that_is_killed_goes_on_from_a_bucket(bucket: str, client: Client, tmp_path: Path) -> None:
+    matrix = dask_xgboost.DMatrix(client, *data())
+    checkpoints = Checkpoints(bucket, storage_options={"token": "anon"})
+
+    def train(**options: Any) -> xgb.Booster:
+        options = {"num_boost_round": ROUNDS, "checkpoint_every": EVERY} | options
+        return dask_xgboost.train(client, PARAMS, matrix, **options)
+
+    oracle = train()
+    dies = DiesAt(tmp_path, EVERY + 1)
+    with pytest.raises(MemberLost):
+        train(checkpoint=checkpoints, callbacks=[dies], max_restarts=0)
+    assert checkpoints.steps() == [EVERY]
+    client.wait_for_workers(WORKERS, timeout=60)
+    (tmp_path / "rounds").unlink()
+    booster = train(checkpoint=checkpoints, callbacks=[dies])  # a later call
+    assert booster.save_raw("ubj") == oracle.save_raw("ubj")
+    assert dies.rounds() == [*range(EVERY, ROUNDS)]
+    assert checkpoints.steps() == [EVERY, 2 * EVERY]
+
+
+# Whole or absent
+
+SAVES = """
+import os, sys
+import numpy as np, xgboost as xgb
+from dask_bridges.checkpoints import Checkpoints
+from dask_xgboost import resuming
+
+rng = np.random.default_rng(0)
+X = rng.normal(size=(500, 5)).astype("float32")
+matrix = xgb.QuantileDMatrix(X, X[:, 0] * X[:, 1], nthread=1)
+booster = xgb.train({"nthread": 1, "num_parallel_tree": 20}, matrix, 1)
+model, config, cuts = bytes(booster.save_raw("ubj")), booster.save_config(), matrix.get_quantile_cut()
+checkpoints = Checkpoints(sys.argv[1], keep=2)
+
+def save():
+    for done in range((checkpoints.latest() or 0) + 1, 1_000_000):
+        history = {"train": {"rmse": [float(number) for number in range(done)]}}
+        state = resuming.State(done, model, config, history, ({"rounds": done},), cuts, ((0, 1),))
+        print(os.getpid(), done, flush=True)
+        resuming._save(checkpoints, state, {"rows": [500]})
+
+for _ in sys.stdin:
+    writer = os.fork()
+    if not writer:
+        save()
+    os.waitpid(writer, 0)
+    print(flush=True)
+"""
+
+
+def killed_writers(folder: Path, dice: random.Random) -> Iterator[int]:
+    """One after the other, each killed some way into the writing of a state; the round of that."""
+    command = [sys.executable, "-c", SAVES, str(folder)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as writers:
+        assert writers.stdin
+        assert writers.stdout
+        for _ in range(100):
+            print(file=writers.stdin, flush=True)
+            for _ in range(dice.randint(1, 4)):
+                writer, reached = map(int, writers.stdout.readline().split())
+            time.sleep(dice.uniform(0, 0.008))
+            os.kill(writer, signal.SIGKILL)
+            while line := writers.stdout.readline().split():
+                reached = int(line[1])
+            yield reached
+        writers.stdin.close()
+
+
+def test_a_state_whose_writer_is_killed_at_any_moment_is_whole_or_absent(tmp_path: Path) -> None:
+    checkpoints, absent = Checkpoints(tmp_path), 0
+    rows = np.random.default_rng(0).normal(size=(500, 5)).astype("float32")
+    matrix = xgb.QuantileDMatrix(rows, rows[:, 0] * rows[:, 1], nthread=1)
+    model = xgb.train({"nthread": 1, "num_parallel_tree": 20}, matrix, 1)
+    for reached in killed_writers(tmp_path, random.Random(7)):
+        state = resuming.load(checkpoints, {"rows": [500]}, 1_000_000)
+        if state is None:
+            assert reached == 1
+            absent += 1
+            continue
+        assert state.round in (reached - 1, reached)
+        absent += state.round < reached
+        assert state.history == {"train": {"rmse": [float(number) for number in range(state.round)]}}
+        assert (state.callbacks, state.placement) == (({"rounds": state.round},), ((0, 1),))
+        assert xgb.Booster(model_file=bytearray(state.model)).get_dump() == model.get_dump()
+        for ours, theirs in zip(state.cuts, matrix.get_quantile_cut()):
+            np.testing.assert_array_equal(ours, theirs)
+    assert absent > 0  # some were killed in the middle
+
+
+# A soak
+
+
+class Takes(xgb.callback.TrainingCallback):
+    """Makes a round take a while, so that there is something to kill."""
+
+    def after_iteration(self, model: Any, epoch: int, evals_log: Any) -> bool:
+        time.sleep(0.1)
+        return False
+
+
+@pytest.mark.timeout(600)
+def test_a_training_under_kills_ends_with_the_right_model(client: Client, tmp_path: Path) -> None:
+    rounds = 300
+    matrix = dask_xgboost.DMatrix(client, *data())
+    options: Any = {"num_boost_round": rounds, "checkpoint_every": 5, "evals": [(matrix, "train")]}
+    histories: list[dict[str, Any]] = [{}, {}]
+    oracle = dask_xgboost.train(client, PARAMS, matrix, evals_result=histories[0], **options)
+    dice, over, killed = random.Random(3), threading.Event(), []
+
+    def kill() -> None:
+        for _ in range(12):  # for a minute
+            if over.wait(5):
+                return
+            workers = client.scheduler_info(n_workers=-1)["workers"]
+            pids = client.run(os.getpid, workers=list(workers), on_error="ignore")
+            if pids:
+                victim = dice.choice(sorted(pids))
+                killed.append(victim)
+                os.kill(pids[victim], signal.SIGKILL)
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    try:
+        booster = dask_xgboost.train(
+            client, PARAMS, matrix, callbacks=[Takes()], evals_result=histories[1], max_restarts=1000,
+            checkpoint=tmp_path / "kept", **options,
+        )  # fmt: skip
+    finally:
+        over.set()
+        killer.join()
+    assert len(killed) >= 5
+    assert booster.save_raw("ubj") == oracle.save_raw("ubj")
+    assert histories[0] == histories[1]
+    assert booster.num_boosted_rounds() == rounds
