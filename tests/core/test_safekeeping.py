@@ -81,3 +81,19 @@ def test_what_no_client_asks_for_goes_by_itself(bridges_client: Client) -> None:
             assert time.monotonic() < deadline, found
     finally:
         bridges_client.run(leave_for, safekeeping.LEFT_FOR)
+
+
+def test_a_frozen_worker_does_not_keep_others_from_answering(
+    bridges_client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gang = run(bridges_client)
+    frozen = bridges_client.run(os.getpid, workers=[gang.plan.workers[0]]).popitem()[1]
+    monkeypatch.setattr(safekeeping._ask, "__kwdefaults__", {"within": 2.0})
+    os.kill(frozen, signal.SIGSTOP)
+    try:
+        state = bridges_client.sync(safekeeping.collect, bridges_client, gang.id, gang.plan.workers)
+    finally:
+        os.kill(frozen, signal.SIGCONT)
+    assert (state["step"], state["of"]) == (2, 1)
+    bridges_client.sync(safekeeping.collect, bridges_client, gang.id, gang.plan.workers, wanted=False)
+    assert kept(bridges_client) == []

@@ -87,11 +87,23 @@ class Kill:
 
         if hasattr(y_pred, "numpy"):
             self.calls += 1
+            count(self.mark.parent, current().rank)
             if current().rank == self.rank and self.calls == self.call and (self.again or not self.mark.exists()):
                 with self.mark.open("a") as file:
                     file.write("x")
                 self.kill()
         return keras.losses.mean_squared_error(y_true, y_pred)
+
+
+def count(folder: Path, rank: int) -> None:
+    """One more batch that a rank has seen, in any attempt."""
+    with (folder / f"calls-{rank}").open("a") as file:
+        file.write("x")
+
+
+def seen(folder: Path, rank: int) -> int:
+    """How many it has seen, of training and of validation."""
+    return len((folder / f"calls-{rank}").read_text())
 
 
 def die() -> None:
@@ -188,6 +200,7 @@ def test_a_training_goes_on_from_a_checkpoint_to_the_same_result(
     model = made(Kill(tmp_path / "mark", rank, call, die))
     history = fit(client, model, checkpoint=tmp_path / "kept", checkpoint_every=every)
     assert (tmp_path / "mark").exists()
+    assert not every or seen(tmp_path, rank) < call + EPOCHS * 2 * STEPS
     assert leftovers(client) == {}
     same(model, history, undisturbed)
 
@@ -272,6 +285,9 @@ def test_checkpoints_need_a_place(client: Client) -> None:
 
 # In the memory of the workers
 
+#: Batches that a rank sees of a training that goes on from the eighth, in the second epoch.
+SINCE_STEP_8 = EPOCHS * 2 * STEPS - (8 + STEPS)
+
 
 def slower() -> Any:
     """A callback whose memory the learning rate of the next epoch depends on, and which rank 0 alone has."""
@@ -291,7 +307,7 @@ class DiesHalfWay:
 
     def send_bytes(self, packet: bytes) -> None:
         self.states += b"variables.npz" in packet
-        if self.states == 2 and not self.mark.exists():
+        if self.states == 2:
             self.mark.touch()
             os.write(self.pipe.fileno(), struct.pack("!i", len(packet)) + packet[: len(packet) // 2])
             die()
@@ -299,7 +315,7 @@ class DiesHalfWay:
 
 
 class DyingHalfWay:
-    """A loss that has its process, on each rank, die while it hands over its second state."""
+    """A loss that has its process, on each rank of the first attempt, die while it hands over its second state."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.waits = folder, True
@@ -310,9 +326,12 @@ class DyingHalfWay:
 
         from dask_keras import current
 
-        if self.waits and hasattr(y_pred, "numpy"):
-            self.waits, member = False, current()
-            member._pipe = DiesHalfWay(member._pipe, self.folder / f"mark-{member.rank}")  # type: ignore[assignment]
+        if hasattr(y_pred, "numpy"):
+            member = current()
+            count(self.folder, member.rank)
+            if self.waits and member.attempt == 1:
+                member._pipe = DiesHalfWay(member._pipe, self.folder / f"mark-{member.rank}")  # type: ignore[assignment]
+            self.waits = False
         return keras.losses.mean_squared_error(y_true, y_pred)
 
 
@@ -322,19 +341,30 @@ def test_a_training_goes_on_from_what_the_workers_keep_in_memory(
     model = made(Kill(tmp_path / "mark", 0, STEPS + 12, die))
     history = fit(client, model, checkpoint="memory://", checkpoint_every=4)
     assert (tmp_path / "mark").exists()
+    assert seen(tmp_path, 0) == STEPS + 12 + SINCE_STEP_8
     assert leftovers(client) == {}
     same(model, history, undisturbed)
 
 
 @pytest.mark.slow
-def test_what_rank_0_alone_knows_outlives_its_dask_worker(client: Client, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("call", "every", "since"),
+    [
+        pytest.param(STEPS + 12, 4, SINCE_STEP_8, id="in an epoch"),
+        pytest.param(4 * STEPS + 3, None, 2 * STEPS, id="after it has changed the learning rate"),
+    ],
+)
+def test_what_rank_0_alone_knows_outlives_its_dask_worker(
+    client: Client, tmp_path: Path, call: int, every: int | None, since: int
+) -> None:
     oracle = made()
     values = fit(client, oracle, callbacks=[slower()]).history
     assert values["learning_rate"][2] < values["learning_rate"][1]
-    model = made(Kill(tmp_path / "mark", 0, STEPS + 12, die_with_dask_worker))
+    model = made(Kill(tmp_path / "mark", 0, call, die_with_dask_worker))
     with dask.config.set({"dask-bridges.worker-return-timeout": "60s"}):
-        history = fit(client, model, checkpoint="memory://", checkpoint_every=4, callbacks=[slower()])
+        history = fit(client, model, checkpoint="memory://", checkpoint_every=every, callbacks=[slower()])
     assert (tmp_path / "mark").exists()
+    assert seen(tmp_path, 0) == call + since
     same(model, history, (oracle.get_weights(), values))
 
 
@@ -342,13 +372,16 @@ def test_what_rank_0_alone_knows_outlives_its_dask_worker(client: Client, tmp_pa
 def test_a_state_that_came_half_way_to_the_worker_is_none(client: Client, tmp_path: Path, undisturbed: Any) -> None:
     model = made(DyingHalfWay(tmp_path))
     history = fit(client, model, checkpoint="memory://")
-    assert list(tmp_path.iterdir())
+    assert list(tmp_path.glob("mark-*"))
+    assert seen(tmp_path, 0) == 4 * 2 * STEPS  # two epochs with their validation, and two from the first one's end
     same(model, history, undisturbed)
 
 
 @pytest.mark.slow
-def test_a_later_call_begins_anew_where_an_earlier_one_kept_in_memory(client: Client, undisturbed: Any) -> None:
-    first, second = made(), made()
+def test_a_later_call_begins_anew_where_an_earlier_one_kept_in_memory(
+    client: Client, tmp_path: Path, undisturbed: Any
+) -> None:
+    first, second = made(), made(Kill(tmp_path / "mark", 0, 0, die))  # the second one only counts
     fit(client, first, checkpoint="memory://")
     same(second, fit(client, second, checkpoint="memory://"), undisturbed)
-    assert int(second.optimizer.iterations.numpy()) == EPOCHS * STEPS
+    assert seen(tmp_path, 0) == EPOCHS * 2 * STEPS

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Awaitable, Sequence
 from typing import Any
 
 from distributed import Client, Worker
@@ -75,22 +75,30 @@ async def collect(client: Client, gang: str, workers: Sequence[str], *, wanted: 
     object
         What was given to `keep`; None where nothing is left of it.
     """
+    there = await _within(ANSWER_WITHIN, "the scheduler", client.scheduler.identity(n_workers=-1)) or {"workers": ()}
+    left = [worker for worker in dict.fromkeys(workers) if worker in there["workers"]]
     state = None
-    try:
-        async with asyncio.timeout(ANSWER_WITHIN):
-            there = (await client.scheduler.identity(n_workers=-1))["workers"]
-            left = [worker for worker in dict.fromkeys(workers) if worker in there]
-            found = await client.run(_look, gang, workers=left, on_error="ignore") if left and wanted else {}
-        kept = sorted((-step, rank, worker) for worker, some in found.items() for step, rank in some)
-        async with asyncio.timeout(HAND_OVER_WITHIN):
-            for _, rank, worker in kept:  # the next one, where this worker is lost just now
-                taken = (await client.run(_take, gang, rank, workers=[worker], on_error="ignore")).get(worker)
-                if taken is not None:
-                    state = taken[1]
-                    break
-        async with asyncio.timeout(ANSWER_WITHIN):
-            if left:
-                await client.run(_forget, gang, workers=left, on_error="ignore")
-    except (OSError, TimeoutError) as error:
-        logger.warning("[gang %s] what its members have kept cannot be had: %r", gang, error)
+    if wanted:
+        looked = await asyncio.gather(*(_ask(client, worker, _look, gang) for worker in left))
+        kept = sorted((-step, rank, worker) for worker, some in zip(left, looked) for step, rank in some or ())
+        for _, rank, worker in kept:  # the next one, where this one is lost just now
+            if taken := await _ask(client, worker, _take, gang, rank, within=HAND_OVER_WITHIN):
+                state = taken[1]
+                break
+        left = [worker for worker, some in zip(left, looked) if some]
+    await asyncio.gather(*(_ask(client, worker, _forget, gang) for worker in left))
     return state
+
+
+async def _ask(client: Client, worker: str, function: Any, *args: Any, within: float = ANSWER_WITHIN) -> Any:
+    """What one worker says; None where it is lost or frozen, for which others are not to wait."""
+    said = await _within(within, worker, client.run(function, *args, workers=[worker], on_error="ignore"))
+    return (said or {}).get(worker)
+
+
+async def _within(seconds: float, whose: str, answer: Awaitable[Any]) -> Any:
+    try:
+        return await asyncio.wait_for(answer, seconds)
+    except (OSError, TimeoutError) as error:
+        logger.warning("what members have kept cannot be had from %s: %r", whose, error)
+        return None
