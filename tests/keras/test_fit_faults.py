@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import signal
+import struct
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,7 +18,7 @@ import psutil
 import pytest
 from distributed import Client, LocalCluster
 
-from dask_bridges import DataError, MemberLost
+from dask_bridges import DataError, MemberLost, safekeeping
 from dask_bridges.checkpoints import Checkpoints
 from dask_bridges.processes import memberspool
 from dask_bridges.testing import command_line_cluster, leftovers, wait_until_free
@@ -47,6 +48,7 @@ def client(doomed: LocalCluster) -> Iterator[Client]:
         yield client
         wait_until_free(client, timeout=10)
         assert [path for paths in client.run(spools).values() for path in paths] == []
+        assert [kept for some in client.run(lambda: list(safekeeping._kept)).values() for kept in some] == []
 
 
 def spools() -> list[str]:
@@ -60,7 +62,7 @@ def data() -> tuple[Any, Any]:
     return da.from_array(X, chunks=(24, 4)), da.from_array(X[:, 0] * 2, chunks=24)
 
 
-def made(kill: Kill | None = None) -> Any:
+def made(kill: Kill | DyingHalfWay | None = None) -> Any:
     import keras
 
     keras.utils.set_random_seed(6)
@@ -85,11 +87,23 @@ class Kill:
 
         if hasattr(y_pred, "numpy"):
             self.calls += 1
+            count(self.mark.parent, current().rank)
             if current().rank == self.rank and self.calls == self.call and (self.again or not self.mark.exists()):
                 with self.mark.open("a") as file:
                     file.write("x")
                 self.kill()
         return keras.losses.mean_squared_error(y_true, y_pred)
+
+
+def count(folder: Path, rank: int) -> None:
+    """One more batch that a rank has seen, in any attempt."""
+    with (folder / f"calls-{rank}").open("a") as file:
+        file.write("x")
+
+
+def seen(folder: Path, rank: int) -> int:
+    """How many it has seen, of training and of validation."""
+    return len((folder / f"calls-{rank}").read_text())
 
 
 def die() -> None:
@@ -186,6 +200,7 @@ def test_a_training_goes_on_from_a_checkpoint_to_the_same_result(
     model = made(Kill(tmp_path / "mark", rank, call, die))
     history = fit(client, model, checkpoint=tmp_path / "kept", checkpoint_every=every)
     assert (tmp_path / "mark").exists()
+    assert not every or seen(tmp_path, rank) < call + EPOCHS * 2 * STEPS
     assert leftovers(client) == {}
     same(model, history, undisturbed)
 
@@ -212,13 +227,14 @@ def test_a_training_goes_on_when_its_dask_worker_is_killed_and_comes_back(
 
 
 @pytest.mark.slow
-def test_it_goes_on_with_fewer_workers_when_one_stays_away(tmp_path: Path) -> None:
+@pytest.mark.parametrize("place", ["folder", "memory://"])
+def test_it_goes_on_with_fewer_workers_when_one_stays_away(tmp_path: Path, place: str) -> None:
     with (
         dask.config.set({"dask-bridges.worker-return-timeout": "1s"}),
         command_line_cluster(workers=2, nanny=False) as cluster,
     ):
         model = made(Kill(tmp_path / "mark", 1, STEPS + 5, die_with_dask_worker))
-        history = fit(cluster.client, model, checkpoint=tmp_path / "kept")
+        history = fit(cluster.client, model, checkpoint=tmp_path / "kept" if place == "folder" else place)
         assert len(cluster.client.scheduler_info(n_workers=-1)["workers"]) == 1
         assert history.epoch == list(range(EPOCHS))
         assert int(model.optimizer.iterations.numpy()) == EPOCHS * STEPS
@@ -261,9 +277,111 @@ def test_the_checkpoint_of_another_model_is_refused(client: Client, tmp_path: Pa
         fit(client, other, checkpoint=tmp_path / "kept")
 
 
-def test_checkpoints_in_the_memory_of_one_process_are_refused(client: Client) -> None:
-    with pytest.raises(DataError, match="memory of one process"):
-        fit(client, made(), checkpoint="memory://kept")
+def test_checkpoints_need_a_place(client: Client) -> None:
     with pytest.raises(DataError, match="need a place"):
         fit(client, made(), checkpoint_every=3)
     assert leftovers(client) == {}
+
+
+# In the memory of the workers
+
+#: Batches that a rank sees of a training that goes on from the eighth, in the second epoch.
+SINCE_STEP_8 = EPOCHS * 2 * STEPS - (8 + STEPS)
+
+
+def slower() -> Any:
+    """A callback whose memory the learning rate of the next epoch depends on, and which rank 0 alone has."""
+    import keras
+
+    return keras.callbacks.ReduceLROnPlateau("loss", factor=0.5, patience=1, min_delta=10.0)
+
+
+class DiesHalfWay:
+    """The pipe from a rank to its worker: it takes half of the second state, and the process is gone."""
+
+    def __init__(self, pipe: Any, mark: Path) -> None:
+        self.pipe, self.mark, self.states = pipe, mark, 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.pipe, name)
+
+    def send_bytes(self, packet: bytes) -> None:
+        self.states += b"variables.npz" in packet
+        if self.states == 2:
+            self.mark.touch()
+            os.write(self.pipe.fileno(), struct.pack("!i", len(packet)) + packet[: len(packet) // 2])
+            die()
+        self.pipe.send_bytes(packet)
+
+
+class DyingHalfWay:
+    """A loss that has its process, on each rank of the first attempt, die while it hands over its second state."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.waits = folder, True
+        self.__name__ = "dying"
+
+    def __call__(self, y_true: Any, y_pred: Any) -> Any:
+        import keras
+
+        from dask_keras import current
+
+        if hasattr(y_pred, "numpy"):
+            member = current()
+            count(self.folder, member.rank)
+            if self.waits and member.attempt == 1:
+                member._pipe = DiesHalfWay(member._pipe, self.folder / f"mark-{member.rank}")  # type: ignore[assignment]
+            self.waits = False
+        return keras.losses.mean_squared_error(y_true, y_pred)
+
+
+def test_a_training_goes_on_from_what_the_workers_keep_in_memory(
+    client: Client, tmp_path: Path, undisturbed: Any
+) -> None:
+    model = made(Kill(tmp_path / "mark", 0, STEPS + 12, die))
+    history = fit(client, model, checkpoint="memory://", checkpoint_every=4)
+    assert (tmp_path / "mark").exists()
+    assert seen(tmp_path, 0) == STEPS + 12 + SINCE_STEP_8
+    assert leftovers(client) == {}
+    same(model, history, undisturbed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("call", "every", "since"),
+    [
+        pytest.param(STEPS + 12, 4, SINCE_STEP_8, id="in an epoch"),
+        pytest.param(4 * STEPS + 3, None, 2 * STEPS, id="after it has changed the learning rate"),
+    ],
+)
+def test_what_rank_0_alone_knows_outlives_its_dask_worker(
+    client: Client, tmp_path: Path, call: int, every: int | None, since: int
+) -> None:
+    oracle = made()
+    values = fit(client, oracle, callbacks=[slower()]).history
+    assert values["learning_rate"][2] < values["learning_rate"][1]
+    model = made(Kill(tmp_path / "mark", 0, call, die_with_dask_worker))
+    with dask.config.set({"dask-bridges.worker-return-timeout": "60s"}):
+        history = fit(client, model, checkpoint="memory://", checkpoint_every=every, callbacks=[slower()])
+    assert (tmp_path / "mark").exists()
+    assert seen(tmp_path, 0) == call + since
+    same(model, history, (oracle.get_weights(), values))
+
+
+@pytest.mark.slow
+def test_a_state_that_came_half_way_to_the_worker_is_none(client: Client, tmp_path: Path, undisturbed: Any) -> None:
+    model = made(DyingHalfWay(tmp_path))
+    history = fit(client, model, checkpoint="memory://")
+    assert list(tmp_path.glob("mark-*"))
+    assert seen(tmp_path, 0) == 4 * 2 * STEPS  # two epochs with their validation, and two from the first one's end
+    same(model, history, undisturbed)
+
+
+@pytest.mark.slow
+def test_a_later_call_begins_anew_where_an_earlier_one_kept_in_memory(
+    client: Client, tmp_path: Path, undisturbed: Any
+) -> None:
+    first, second = made(), made(Kill(tmp_path / "mark", 0, 0, die))  # the second one only counts
+    fit(client, first, checkpoint="memory://")
+    same(second, fit(client, second, checkpoint="memory://"), undisturbed)
+    assert seen(tmp_path, 0) == EPOCHS * 2 * STEPS

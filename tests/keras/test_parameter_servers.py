@@ -85,6 +85,8 @@ def test_what_servers_cannot_train_is_refused(bridges_client: Client) -> None:
         dask_keras.fit(bridges_client, made(), (X, X), y, strategy="ps")
     with pytest.raises(DataError, match="checkpoint_seconds"):
         dask_keras.fit(bridges_client, made(), X, y, strategy="ps", checkpoint="/tmp/x", checkpoint_every=3)
+    with pytest.raises(DataError, match="memory of one process"):
+        dask_keras.fit(bridges_client, made(), X, y, strategy="ps", checkpoint="memory://")
     with pytest.raises(DataError, match="'sync' and 'ps'"):
         dask_keras.fit(bridges_client, made(), X, y, strategy="ring")  # type: ignore[arg-type]
     assert leftovers(bridges_client) == {}

@@ -19,12 +19,11 @@ from distributed import Client, LocalCluster, futures_of, get_worker
 from xgboost import collective
 
 import dask_xgboost
-from dask_bridges import DataError, MemberFailed, MemberLost, PlacementError
+from dask_bridges import DataError, MemberFailed, MemberLost, PlacementError, safekeeping
 from dask_bridges.checkpoints import Checkpoints
 from dask_bridges.testing import command_line_cluster, footprint, leftovers, wait_until_free
 from dask_bridges.testing.faults import Hold, TroubleError
 from dask_bridges.testing.traces import wait_until_same
-from dask_xgboost import resuming
 
 pytestmark = pytest.mark.cluster
 
@@ -51,7 +50,7 @@ def client(doomed: LocalCluster) -> Iterator[Client]:
         client.wait_for_workers(WORKERS, timeout=60)
         yield client
         wait_until_free(client, timeout=10)
-        assert [kept for some in client.run(lambda: list(resuming._kept)).values() for kept in some] == []
+        assert [kept for some in client.run(lambda: list(safekeeping._kept)).values() for kept in some] == []
 
 
 def data() -> tuple[Any, Any]:
@@ -322,7 +321,7 @@ def test_what_the_user_raises_is_not_tried_again(bridges_client: Client, tmp_pat
     with pytest.raises(MemberFailed, match="TroubleError: deliberate"):
         Runs(bridges_client).train(SAMPLED, diary)
     assert diary.attempts == 1
-    assert [kept for some in bridges_client.run(lambda: list(resuming._kept)).values() for kept in some] == []
+    assert [kept for some in bridges_client.run(lambda: list(safekeeping._kept)).values() for kept in some] == []
 
 
 @pytest.mark.slow

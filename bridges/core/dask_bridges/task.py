@@ -19,7 +19,7 @@ from distributed import Worker, get_worker, secede
 from distributed.core import Status
 from distributed.utils import sync
 
-from dask_bridges import arbiter, turns
+from dask_bridges import arbiter, safekeeping, turns
 from dask_bridges.errors import MemberFailed, MemberStopped, StaleMember
 from dask_bridges.events import Failed, Finished, Memory, Spent, Started, topic_of
 from dask_bridges.member import Member, MemberSpec
@@ -72,6 +72,10 @@ class WorkerMember(Member):
         token = {"gang": self.gang, "attempt": self.attempt, "rank": self.rank}
         answer: dict[str, Any] = sync(self.worker.loop, turns.ask, self.worker, method=method, **token, **request)
         return answer
+
+    def keep(self, step: int, state: Any) -> None:
+        """Keep a state in this worker's memory, in place of the one before, see `safekeeping.collect`."""
+        safekeeping.keep(self.worker, self.gang, self.rank, step, state)
 
     @property
     def stopping(self) -> str | None:
@@ -192,6 +196,7 @@ def _registered(member: WorkerMember) -> Iterator[None]:
         if weighing is not None:
             weighing.close()
         del _members[key]
+        safekeeping.leave(member.worker, member.gang, member.rank)
         if member.outcome:
             member.tell(member.outcome, left=True)
 

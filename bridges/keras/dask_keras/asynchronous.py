@@ -11,6 +11,7 @@ import dask_tf
 from dask_bridges import partitions
 from dask_bridges.errors import DataError
 from dask_keras import checks
+from dask_keras.resuming import InWorkers, at
 from dask_tf.starting import keras_backend
 
 __all__ = ["OnServers"]
@@ -55,6 +56,13 @@ class OnServers:
             raise DataError(
                 "strategy='ps' takes X and y as one collection each: give inputs as columns of one dataframe, named "
                 "as the model's, or use strategy='sync'"
+            )
+        checkpoint = self.fit["checkpoint"]
+        if checkpoint is not None and isinstance(at(checkpoint), InWorkers):
+            raise DataError(
+                "checkpoint='memory://' is the memory of one process with strategy='ps', that of the chief, and goes "
+                "with it: give a folder that all workers share, or a bucket, or use strategy='sync', whose ranks all "
+                "keep the state in the memory of their workers"
             )
 
     def run(self) -> Any:

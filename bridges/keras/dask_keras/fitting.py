@@ -18,7 +18,7 @@ from dask_bridges.ui.progress import ProgressBar, wants_bar
 from dask_keras import checks
 from dask_keras.asynchronous import OnServers
 from dask_keras.outputs import directory
-from dask_keras.resuming import Keeping
+from dask_keras.resuming import Keeping, at
 from dask_keras.supervising import EpochPrinter, Given, Supervised
 
 __all__ = ["fit"]
@@ -96,7 +96,8 @@ def fit(
     checkpoint : str, Path or Checkpoints, optional
         A folder that all workers share, or any other fsspec URL that they reach: the state is kept there, and what
         is there is gone on from, by a later call and by this one where a worker is lost. Without it, that ends
-        the training.
+        the training. With "memory://" each worker keeps the state in its own memory, for this call alone: no storage is
+        needed, and the training goes on as long as not all workers are lost at once.
     checkpoint_every : int, optional
         Batches between two; by default one is kept after each epoch.
     checkpoint_seconds : float, optional
@@ -228,10 +229,4 @@ def _keeping(checkpoint: str | Path | Checkpoints | None, every: int | None, sec
             raise DataError("checkpoint_every and checkpoint_seconds need a place: checkpoint=...")
         return None
     checks.check_count("checkpoint_every", every, optional=True)
-    checkpoints = checkpoint if isinstance(checkpoint, Checkpoints) else Checkpoints(checkpoint)
-    if checkpoints.url.startswith("memory:"):
-        raise DataError(
-            f"checkpoint={checkpoints.url!r} is the memory of one process, and the ranks have processes of their own, "
-            "which may be lost: give a folder that all workers share, or a bucket"
-        )
-    return Keeping(checkpoints, every, seconds)
+    return Keeping(at(checkpoint), every, seconds)

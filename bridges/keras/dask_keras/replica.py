@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import pickle
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -96,6 +96,10 @@ class Fit:
     home: str
     keeping: Keeping | None = None
 
+    def of_rank(self, rank: int) -> Fit:
+        """What that rank is told."""
+        return self if self.keeping is None else replace(self, keeping=self.keeping.of_rank(rank))
+
 
 @dataclass(frozen=True)
 class Trained:
@@ -183,7 +187,7 @@ def _fit(
         upstream.build(model, batches[replicas.step])
     keeper = resumed = None
     if fit.keeping is not None:
-        keeper = Keeper(fit.keeping, replicas, callbacks)
+        keeper = Keeper(member, fit.keeping, replicas, callbacks)
         if fit.keeping.step is not None:
             resumed = Resumed(fit.keeping, model, member.rank, fit.training.rows)
             replicas.step = resumed.step

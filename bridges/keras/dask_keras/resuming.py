@@ -2,19 +2,72 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+from distributed import Client
 
-from dask_bridges.checkpoints import Checkpoints
+from dask_bridges import safekeeping
+from dask_bridges.checkpoints import Checkpoint, Checkpoints
 from dask_bridges.errors import DataError
+from dask_bridges.processes import ChildMember
 from dask_keras.synchronous import Replicas, host, moving
 from dask_tf.training.checkpoint import arrays, dump
 
-__all__ = ["Keeper", "Keeping", "Position", "Resumed"]
+__all__ = ["InWorkers", "Keeper", "Keeping", "Position", "Resumed", "at"]
+
+#: Of a checkpoint, what is the same on all ranks, and most of it.
+SHARED = "variables.npz"
+
+
+class InWorkers:
+    """Checkpoints in the memory of the ranks' Dask workers, each of which has the newest; read as `Checkpoints` are.
+
+    Parameters
+    ----------
+    newest : Checkpoint, optional
+        What the client has collected from the workers that are left.
+    """
+
+    url = "memory://"
+
+    def __init__(self, newest: Checkpoint | None = None) -> None:
+        self._newest = newest
+
+    def check(self) -> None:
+        """There is memory."""
+
+    def latest(self) -> int | None:
+        """Step of the newest; None without one."""
+        return None if self._newest is None else self._newest.step
+
+    def load(self, step: int | None = None) -> Checkpoint:
+        """The newest."""
+        assert self._newest is not None
+        return self._newest
+
+    def of_rank(self, rank: int) -> InWorkers:
+        """What a rank is told: what is the same for all goes to rank 0, from which the others have it."""
+        if rank == 0 or self._newest is None:
+            return self
+        files = {name: content for name, content in self._newest.files.items() if name != SHARED}
+        return InWorkers(replace(self._newest, files=files))
+
+    async def collect(self, client: Client, gang: str, workers: Sequence[str], *, wanted: bool = True) -> None:
+        """Have what the ranks of a gang that has ended have kept; they forget it, also where it is not wanted."""
+        found: Checkpoint | None = await safekeeping.collect(client, gang, workers, wanted=wanted)
+        self._newest = found or self._newest
+
+
+def at(checkpoint: str | Path | Checkpoints) -> Checkpoints | InWorkers:
+    """The checkpoints of `fit`'s argument."""
+    checkpoints = checkpoint if isinstance(checkpoint, Checkpoints) else Checkpoints(checkpoint)
+    return InWorkers() if checkpoints.url.startswith("memory:") else checkpoints
 
 
 @dataclass(frozen=True)
@@ -23,7 +76,7 @@ class Keeping:
 
     Attributes
     ----------
-    checkpoints : Checkpoints
+    checkpoints : Checkpoints or InWorkers
     every : int or None
         Batches between two.
     seconds : float or None
@@ -34,11 +87,16 @@ class Keeping:
         Numbers of the partitions of each rank.
     """
 
-    checkpoints: Checkpoints
+    checkpoints: Checkpoints | InWorkers
     every: int | None = None
     seconds: float | None = None
     step: int | None = None
     parts: tuple[tuple[int, ...], ...] = ()
+
+    def of_rank(self, rank: int) -> Keeping:
+        """What that rank is told."""
+        kept = self.checkpoints
+        return replace(self, checkpoints=kept.of_rank(rank)) if isinstance(kept, InWorkers) else self
 
 
 @dataclass
@@ -70,14 +128,15 @@ class Keeper:
 
     Parameters
     ----------
+    member : ChildMember
     keeping : Keeping
     replicas : Replicas
     callbacks : sequence of Callback
         The user's, on rank 0.
     """
 
-    def __init__(self, keeping: Keeping, replicas: Replicas, callbacks: Sequence[Any]) -> None:
-        self._keeping, self._replicas, self._callbacks = keeping, replicas, callbacks
+    def __init__(self, member: ChildMember, keeping: Keeping, replicas: Replicas, callbacks: Sequence[Any]) -> None:
+        self._member, self._keeping, self._replicas, self._callbacks = member, keeping, replicas, callbacks
         self._kept, self._at = replicas.step, time.monotonic()
 
     @property
@@ -95,15 +154,19 @@ class Keeper:
         return end_of_epoch and keeping.seconds is None
 
     def keep(self, model: Any, position: Position) -> None:
-        """Keep the state of all ranks, on rank 0."""
+        """Keep the state of all ranks: rank 0 in a store, or each in the memory of its worker."""
+        checkpoints = self._keeping.checkpoints
+        if isinstance(checkpoints, InWorkers) and not position.batch:
+            # What rank 0's callbacks have changed at the end of an epoch, the others hear of when the next one begins.
+            self._replicas.follow(_shared(model))
         of_ranks = self._replicas.collective.all_gather(dump([*map(host, _own(model)), *self._replicas.pending]))
         self._kept, self._at = self._replicas.step, time.monotonic()
-        if self._replicas.rank:
+        if self._replicas.rank and not isinstance(checkpoints, InWorkers):
             return
         variables = _shared(model)
         scalars, tensors = _states(self._callbacks)
         files = {
-            "variables.npz": dump([host(variable) for variable in variables]),
+            SHARED: dump([host(variable) for variable in variables]),
             "callbacks.npz": dump(tensors),
             **{f"rank-{rank}.npz": state for rank, state in enumerate(of_ranks)},
         }
@@ -114,7 +177,18 @@ class Keeper:
             "rows": list(self._replicas.shares.rows),
             "parts": self._keeping.parts,
         }
-        self._keeping.checkpoints.save(self._replicas.step, files, meta)
+        if isinstance(checkpoints, InWorkers):
+            self._keep_here(files, meta)
+        else:
+            checkpoints.save(self._replicas.step, files, meta)
+
+    def _keep_here(self, files: dict[str, bytes], meta: dict[str, Any]) -> None:
+        """Keep a checkpoint in the memory of this rank's worker, with what rank 0 alone knows of."""
+        gather = self._replicas.collective.all_gather
+        own = not self._replicas.rank
+        meta = json.loads(gather(json.dumps(meta).encode() if own else b"")[0])
+        files["callbacks.npz"] = gather(files["callbacks.npz"] if own else b"")[0]
+        self._member.keep(self._replicas.step, Checkpoint(self._replicas.step, files, meta))
 
 
 class Resumed:
@@ -133,6 +207,7 @@ class Resumed:
     def __init__(self, keeping: Keeping, model: Any, rank: int, rows: Sequence[int]) -> None:
         self._kept = keeping.checkpoints.load(keeping.step)
         self._rank, self._url = rank, keeping.checkpoints.url
+        self._from_first = isinstance(keeping.checkpoints, InWorkers)
         self._model = model
         self._same = list(rows) == self._kept.meta["rows"]
         names = ("epoch", "batch", "stopped", "history", "epochs")
@@ -148,8 +223,12 @@ class Resumed:
             If the checkpoint is of another model.
         """
         self._check()
-        for variable, value in zip(_shared(self._model), arrays(self._kept.files["variables.npz"]), strict=True):
-            variable.assign(value.view(variable.dtype) if value.dtype.kind == "V" else value)
+        shared = _shared(self._model)
+        if SHARED in self._kept.files:
+            for variable, value in zip(shared, arrays(self._kept.files[SHARED]), strict=True):
+                variable.assign(value.view(variable.dtype) if value.dtype.kind == "V" else value)
+        if self._from_first:
+            replicas.follow(shared)
         kept = moving(self._model)
         count = len(self._model.metrics_variables)
         states = self._states()
@@ -208,7 +287,7 @@ def _own(model: Any) -> list[Any]:
 
 
 def _states(callbacks: Sequence[Any]) -> tuple[list[dict[str, Any]], list[Any]]:
-    """What callbacks remember that is numbers, text or arrays."""
+    """What callbacks remember that is numbers, text, arrays or tensors, or a function of `keras.ops`."""
     tensors: list[Any] = []
     states = []
     for callback in callbacks:
@@ -222,6 +301,12 @@ def _states(callbacks: Sequence[Any]) -> tuple[list[dict[str, Any]], list[Any]]:
 
 def _plain(value: Any, tensors: list[Any]) -> Any:
     """A value for JSON, in a list of its own; None for what cannot be kept."""
+    import keras
+
+    if keras.ops.is_tensor(value):  # as the best loss is, on TensorFlow
+        value = keras.ops.convert_to_numpy(value)
+    if (name := getattr(value, "__name__", "")) and value is getattr(keras.ops, name, None):
+        return {"op": name}  # how values are compared: set once, together with the sign of what is compared
     if value is None or isinstance(value, bool | int | float | str):
         return {"value": value}
     if isinstance(value, np.generic):
@@ -236,6 +321,10 @@ def _plain(value: Any, tensors: list[Any]) -> Any:
 
 
 def _with_tensors(plain: Mapping[str, Any], tensors: Sequence[Any]) -> Any:
+    import keras
+
     if "array" in plain:
         return tensors[plain["array"]]
+    if "op" in plain:
+        return getattr(keras.ops, plain["op"])
     return [tensors[at] for at in plain["arrays"]] if "arrays" in plain else plain["value"]

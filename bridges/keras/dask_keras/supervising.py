@@ -28,7 +28,7 @@ from dask_keras import checks, upstream
 from dask_keras.hosting import Rank, host_rank
 from dask_keras.layout import Layout, flatten, nested
 from dask_keras.replica import Fit, Set, Trained
-from dask_keras.resuming import Keeping
+from dask_keras.resuming import InWorkers, Keeping
 from dask_tf import encoding
 from dask_tf.events import Spooled
 from dask_tf.starting import keras_backend, variables
@@ -107,6 +107,7 @@ class Supervised:
     _names: list[str] = field(default_factory=list)  # of the workers of the first attempt
     _id: str = field(default_factory=lambda: uuid.uuid4().hex[:12])
     _devices: Mapping[str, Wanted] = field(default_factory=dict)  # by the workers' addresses
+    _gang: Gang | None = None  # of the last attempt, whose ranks may have kept its state
 
     def prepare(self) -> None:
         """Align the collections, in the caller's thread."""
@@ -133,8 +134,20 @@ class Supervised:
             except MemberLost as lost:
                 if self.keeping is None or failures + 1 >= ATTEMPTS or self.client.status != "running":
                     raise
+                await self._collect()
                 logger.warning("%s It goes on from the last checkpoint.", lost)
                 attempt += 1
+            finally:
+                await self._collect(wanted=False)
+
+    async def _collect(self, *, wanted: bool = True) -> None:
+        """Have what the ranks of the last attempt have kept in their workers, which they forget."""
+        gang, self._gang = self._gang, None
+        keeping = self.keeping
+        if gang is None or keeping is None or not isinstance(keeping.checkpoints, InWorkers):
+            return
+        if self.client.status == "running":
+            await keeping.checkpoints.collect(self.client, gang.id, gang.plan.workers, wanted=wanted)
 
     async def _newest(self) -> int:
         """Step of the newest checkpoint; -1 where there is none."""
@@ -156,7 +169,7 @@ class Supervised:
             host_rank,
             [
                 Rank(
-                    work,
+                    work.of_rank(rank),
                     {name: by_rank[rank] for name, by_rank in keys.items()},
                     environment,
                     None if self.gpus is None else self._devices[worker],
@@ -168,7 +181,7 @@ class Supervised:
             about=self._about(parts, ranks),
             **self.options,
         )
-        gang = Gang(self.client, plan, attempt)
+        self._gang = gang = Gang(self.client, plan, attempt)
         for listener in (_Release(self.sets, held), _tell, *self.listeners):
             gang.events.listen(listener)
         try:

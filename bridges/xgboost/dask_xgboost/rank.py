@@ -23,7 +23,7 @@ from dask_xgboost.folds import Folds, History, Newest, Run, cross_validate, mask
 from dask_xgboost.metrics import AREAS, GlobalMetrics, in_order, metric_names, without
 from dask_xgboost.ready import Agreed, MatricesSpec, agree, ready
 from dask_xgboost.resident import Built, lent
-from dask_xgboost.resuming import Keeper, Keeping, State, left_behind
+from dask_xgboost.resuming import Keeper, Keeping, State
 
 __all__ = ["TrainResult", "TrainSpec", "train_rank"]
 
@@ -108,7 +108,6 @@ def train_rank(member: WorkerMember, spec: TrainSpec) -> TrainResult | None:
     member.finishing |= spec.finishing
     with (
         own_gpu(member, spec.devices),
-        left_behind(member),
         capture_log(member),
         xgb.config_context(**loop.config),
         communicator(member, loop.tracker_host, loop.tracker_port),

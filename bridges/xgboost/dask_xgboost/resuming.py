@@ -2,32 +2,23 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import io
 import json
-import logging
 import pickle
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import cloudpickle
 import numpy as np
-from distributed import Client, Worker
 
 from dask_bridges.checkpoints import Checkpoints
 from dask_bridges.errors import DataError
 from dask_bridges.task import WorkerMember
 
-__all__ = ["Keeper", "Keeping", "State", "at", "collect", "left_behind", "load", "plain", "restore"]
-
-logger = logging.getLogger(__name__)
-
-#: Seconds for which a member that has ended leaves its state to the client, and for which the client asks.
-LEFT_FOR = 60.0
-ANSWER_WITHIN = 10.0
+__all__ = ["Keeper", "Keeping", "State", "at", "load", "plain", "restore"]
 
 Cuts = tuple[Any, Any]
 Placement = tuple[tuple[int, ...], ...]
@@ -100,26 +91,6 @@ def at(checkpoint: str | Path | Checkpoints) -> Checkpoints:
     return checkpoints
 
 
-# On the workers
-
-_kept: dict[tuple[str, str], tuple[int, State]] = {}  # by worker and gang, with the rank
-
-
-def _key(member: WorkerMember) -> tuple[str, str]:
-    return member.worker.address, member.gang
-
-
-@contextlib.contextmanager
-def left_behind(member: WorkerMember) -> Iterator[None]:
-    """While a rank trains: what it keeps is there for the client when it has ended, and not for ever."""
-    try:
-        yield
-    finally:
-        if (key := _key(member)) in _kept:
-            loop = member.worker.loop
-            loop.add_callback(loop.call_later, LEFT_FOR, _kept.pop, key, None)
-
-
 class Keeper:
     """Keeps the state of a rank while it trains.
 
@@ -156,7 +127,7 @@ class Keeper:
             self._keeping.placement,
         )
         if checkpoints is None:
-            _kept[_key(self._member)] = (self._member.rank, state)
+            self._member.keep(state.round, state)
         else:
             _save(checkpoints, state, self._keeping.training)
 
@@ -250,53 +221,3 @@ def _array(values: Any) -> bytes:
     out = io.BytesIO()
     np.save(out, values, allow_pickle=False)
     return out.getvalue()
-
-
-# On the client
-
-
-async def collect(client: Client, gang: str, workers: Sequence[str], *, wanted: bool = True) -> State | None:
-    """The newest state that the ranks of a gang have kept; they forget it.
-
-    Parameters
-    ----------
-    client : Client
-    gang : str
-        Its id.
-    workers : sequence of str
-        Addresses of its workers; those that are gone are not asked.
-    wanted : bool
-        Whether they are only to forget.
-    """
-    there = (await client.scheduler.identity(n_workers=-1))["workers"]
-    left = [worker for worker in dict.fromkeys(workers) if worker in there]
-    if not left:
-        return None
-    newest: list[State] = []
-    try:
-        async with asyncio.timeout(ANSWER_WITHIN):
-            if wanted:
-                found = await client.run(_look, gang, workers=left, on_error="ignore")
-                # The same of all ranks, but for callbacks: rank 0's where it is left.
-                kept = sorted((-done, rank, worker) for worker, (rank, done) in found.items() if done)
-                for _, _, worker in kept[:1]:
-                    newest += (await client.run(_take, gang, workers=[worker])).values()
-            await client.run(_forget, gang, workers=left, on_error="ignore")
-    except (OSError, TimeoutError) as error:
-        logger.warning("[gang %s] what the ranks have kept cannot be had: %r", gang, error)
-    return newest[0] if newest else None
-
-
-def _look(gang: str, dask_worker: Worker) -> tuple[int, int]:
-    """Rank and round; 0 where nothing is kept."""
-    kept = _kept.get((dask_worker.address, gang))
-    return (kept[0], kept[1].round) if kept else (0, 0)
-
-
-def _take(gang: str, dask_worker: Worker) -> State | None:
-    kept = _kept.pop((dask_worker.address, gang), None)
-    return kept[1] if kept else None
-
-
-def _forget(gang: str, dask_worker: Worker) -> None:
-    _kept.pop((dask_worker.address, gang), None)

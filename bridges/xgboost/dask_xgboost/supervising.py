@@ -16,7 +16,7 @@ from dask.base import tokenize
 from dask.utils import format_bytes
 from distributed import Client
 
-from dask_bridges import config, placement
+from dask_bridges import config, placement, safekeeping
 from dask_bridges.about import About
 from dask_bridges.devices.members import Wanted
 from dask_bridges.errors import BridgeError, DataError, MemberLost, WorkerLeft
@@ -212,7 +212,8 @@ class Supervised:
         gang, self._gang = self._gang, None
         if gang is None or self.keeping is None or self.keeping.checkpoints is not None or not self.max_restarts:
             return None
-        return await resuming.collect(self.client, gang.id, self._ranks, wanted=wanted)
+        state: State | None = await safekeeping.collect(self.client, gang.id, self._ranks, wanted=wanted)
+        return state
 
     # Places
 

@@ -1,7 +1,7 @@
 """The child process of a member: one function, run once, over a pipe that it inherits.
 
 What it says to its host, the member in the worker: ``("event", message)``,
-``("ask", number, method, request)``, ``("alive",)``, and last ``("result",
+``("ask", number, method, request)``, ``("keep", step, state)``, ``("alive",)``, and last ``("result",
 pickle)``, ``("raised", pickled exception, pickled traceback)``, ``("exited",
 text)`` or ``("stopped", reason)``. What it is told: ``("stop", reason)``,
 ``("answer", number, answer)``, and ``("call", number, pickle)``, to which it says
@@ -64,6 +64,10 @@ class ChildMember(Member):
         self._answers[number] = answer
         self.say("ask", number, method, request)
         return answer.get()
+
+    def keep(self, step: int, state: Any) -> None:
+        """Keep a state in the worker's memory, whole or not at all, in place of the one before."""
+        self.say("keep", step, state)
 
     def leave(self) -> None:
         """End this process at once, as a member that was asked to stop; other threads and what they hold are left."""

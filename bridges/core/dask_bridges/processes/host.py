@@ -213,6 +213,8 @@ class Child:
                 self.member.send(message)
             case ("ask", number, method, request):
                 threading.Thread(target=self._answer, args=(number, method, request), daemon=True).start()
+            case ("keep", step, state):
+                self.member.keep(step, state)
             case ("answer", number, *answer):
                 self._calls.pop(number).set_result(tuple(answer))
             case _:
