@@ -44,7 +44,6 @@ def test_the_page_has_curves_times_rows_and_places(bridges_client: Client, tmp_p
     assert sum(nbytes for row in run.rows.values() for *_, nbytes in row.fed) == EPOCHS * ROWS * 4 * 4
     assert run.versions["keras"] == keras.__version__
     assert run.params["epochs"] == str(EPOCHS)
-    # The process of a rank counts as much as its worker.
-    assert max(held for _, held in run.rows["member 0"].memory) > 2 * min(
-        held for _, held in run.rows["member 0"].memory
-    )
+    # The process of a rank counts as well as its worker, and no process has imported Keras for less.
+    held = [nbytes for _, nbytes in run.rows["member 0"].memory]
+    assert max(held) > min(held) + 128 * 2**20

@@ -86,7 +86,7 @@ def test_what_makes_no_sense_is_refused(start: Start, client: Client, options: d
             {"worker": 1, "gpus": 3},
             r"gpus=3 is 3 for worker:0, .*by itself, and .* has 2\. Ask for fewer, or .*share",
         ),
-        ({"worker": 3, "share": True, "gpus": {"worker": 1}}, r"1 for worker:2, .* has 2\. Ask for fewer$"),
+        ({"worker": 3, "share": True, "gpus": {"worker": 1}}, r"1 for worker:2, .* has 2\. Ask for fewer"),
         ({"worker": 3, "gpus": {"worker": 1}}, r"worker=3 is 3 tasks, one a Dask worker, and there are 2"),
     ],
 )
