@@ -21,22 +21,22 @@ MAX_BIN = 64
 ROWS = 20_000
 
 
-def hard() -> dict[str, Any]:
+def hard(rows: int = ROWS) -> dict[str, Any]:
     rng = np.random.default_rng(7)
-    normal = rng.normal(size=ROWS)
+    normal = rng.normal(size=rows)
     return {
         "normal": normal,
-        "constant": np.full(ROWS, 3.5),
-        "two values": rng.integers(0, 2, ROWS),
-        "nine of ten alike": np.where(rng.random(ROWS) < 0.9, 0, normal),
-        "few values": rng.integers(0, MAX_BIN, ROWS),
-        "somewhat more": rng.integers(0, 3 * MAX_BIN, ROWS),
-        "outliers": np.where(rng.random(ROWS) < 0.001, 1e6, 1) * normal,
-        "powers": rng.zipf(1.3, ROWS).astype("float64"),
-        "above 2**24": rng.integers(2**24, 2**33, ROWS),
-        "infinities": np.select([rng.random(ROWS) < 0.1, rng.random(ROWS) < 0.1], [np.inf, -np.inf], normal),
-        "half missing": np.where(rng.random(ROWS) < 0.5, np.nan, normal),
-        "all missing": np.full(ROWS, np.nan),
+        "constant": np.full(rows, 3.5),
+        "two values": rng.integers(0, 2, rows),
+        "nine of ten alike": np.where(rng.random(rows) < 0.9, 0, normal),
+        "few values": rng.integers(0, MAX_BIN, rows),
+        "somewhat more": rng.integers(0, 3 * MAX_BIN, rows),
+        "outliers": np.where(rng.random(rows) < 0.001, 1e6, 1) * normal,
+        "powers": rng.zipf(1.3, rows).astype("float64"),
+        "above 2**24": rng.integers(2**24, 2**33, rows),
+        "infinities": np.select([rng.random(rows) < 0.1, rng.random(rows) < 0.1], [np.inf, -np.inf], normal),
+        "half missing": np.where(rng.random(rows) < 0.5, np.nan, normal),
+        "all missing": np.full(rows, np.nan),
         "sorted": np.sort(normal),
     }
 
@@ -83,6 +83,22 @@ def test_ranks_of_edges_are_near_the_exact_ones(kind: str, blocks: Any, weighted
         assert np.isin(edges[0], seen).all()
         assert (np.diff(edges[0]) > 0).all()
         assert worst(values, edges[0], np.ones(ROWS) if weight is None else weight) <= 1 / (4 * MAX_BIN)
+
+
+@pytest.mark.parametrize("kind", [*hard(2), "huge", "tiny"])
+def test_ranks_are_near_where_values_of_large_blocks_are_counted(kind: str) -> None:
+    values = {**hard(200_000), "huge": np.float32([-3e38, 3e38]).repeat(100_000), "tiny": np.arange(200_000) * 1e-44}[
+        kind
+    ]
+    found = [summarise(block.reshape(-1, 1), points=4 * MAX_BIN) for block in np.array_split(values, 2)]
+    edges = quantiles(np.concatenate(found), MAX_BIN)
+    seen = np.unique(np.float32(values)[np.isfinite(np.float32(values))])
+    if len(seen) <= MAX_BIN:
+        np.testing.assert_array_equal(edges.get(0, seen[:0]), seen)
+    else:
+        assert edges[0][0] == seen[0]
+        assert (np.diff(edges[0]) > 0).all()
+        assert worst(values, edges[0], np.ones(len(values))) <= 1 / (4 * MAX_BIN)
 
 
 def test_summaries_of_many_blocks_are_brought_down_to_one_at_little_loss() -> None:

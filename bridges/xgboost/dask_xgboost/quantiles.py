@@ -3,7 +3,8 @@
 A summary of a block holds, for each column, so many of its values that no two of
 them, one after the other, have more than a ``1 / points`` of the rows between them,
 the least and the greatest included; and exactly how many rows are equal to each and
-lie between them. Merged, the rows between two values count half before and half
+lie between them. (Of large blocks values are counted in narrow bins, and the edges of
+these stand for values; at most a ``1 / (4 * points)`` of the rows is in one bin.) Merged, the rows between two values count half before and half
 behind what another block has there, so that ranks are off by a ``1 / (2 * points)``
 of all rows at most. Sums of whole numbers and halves are exact: the quantiles do
 not depend on where blocks lie.
@@ -28,6 +29,9 @@ _TILE = 8
 
 #: So many summaries at least become one, which is as large as four of them.
 _AT_LEAST = 12
+
+#: Bins in which the values of large blocks are counted.
+_BINS = 1 << 16
 
 _INF = np.array([-np.inf, np.inf], dtype="float32")
 
@@ -109,6 +113,8 @@ def _present(values: Any, missing: float, rows: Any) -> tuple[Any, Any]:
 def _counted(number: int, values: Any, rows: Any, points: int) -> Any:
     """The summary of a column whose rows count one each."""
     del rows
+    if len(values) > _BINS and (found := _in_bins(number, values, points)) is not None:
+        return found
     values.sort()  # missing ones to the end
     values = values[np.searchsorted(values, _INF[0], "right") : np.searchsorted(values, _INF[1])]
     steps = np.flatnonzero(values[1:] != values[:-1]) + 1 if len(values) else np.empty(0, "int64")
@@ -121,6 +127,32 @@ def _counted(number: int, values: Any, rows: Any, points: int) -> Any:
         edges = np.concatenate([[0], steps, [len(values)]])
         start, stop = edges[which], edges[which + 1]
     return _summary(number, values[start], start, stop)
+
+
+def _in_bins(number: int, values: Any, points: int) -> Any:
+    """The summary of a column from counts of its values in bins of equal width, which takes a fifth of sorting them.
+
+    None where so many are in one bin that ranks would not be near enough: outliers, many equal ones.
+    """
+    low, high = values.min(), values.max()
+    if not np.isfinite(high - low):
+        values = values[np.isfinite(values)]
+        low, high = (values.min(), values.max()) if len(values) else (0, 0)
+    with np.errstate(over="ignore"):
+        width = (float(high) - float(low)) / _BINS
+        places = (values - low) * np.float32(1 / width) if width > np.finfo("float32").tiny else _INF
+    if not np.isfinite(places.max(initial=0)):
+        return None
+    counts = np.bincount(np.minimum(places, np.float32(_BINS - 1)).astype("int64"), minlength=_BINS)
+    if counts.max() * 4 * points > len(values):
+        return None
+    upto = np.concatenate([[0], np.cumsum(counts)])
+    which = np.unique(np.searchsorted(upto, np.arange(points) * (len(values) / points), "right") - 1)
+    edges = np.append((float(low) + which * width).astype("float32"), high)
+    edges[0] = low
+    start = np.append(upto[which], len(values))
+    kept = np.append(np.diff(edges) > 0, True)
+    return _summary(number, edges[kept], start[kept], start[kept])
 
 
 def _weighted(number: int, values: Any, rows: Any, points: int, *, weight: Any) -> Any:
