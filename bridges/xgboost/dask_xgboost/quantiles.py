@@ -3,11 +3,12 @@
 A summary of a block holds, for each column, so many of its values that no two of
 them, one after the other, have more than a ``1 / points`` of the rows between them,
 the least and the greatest included; and exactly how many rows are equal to each and
-lie between them. (Of large blocks values are counted in narrow bins, and the edges of
-these stand for values; at most a ``1 / (4 * points)`` of the rows is in one bin.) Merged, the rows between two values count half before and half
-behind what another block has there, so that ranks are off by a ``1 / (2 * points)``
-of all rows at most. Sums of whole numbers and halves are exact: the quantiles do
-not depend on where blocks lie.
+lie between them. Of large blocks values are counted in narrow bins, and the edges of
+bins stand for values; at most a ``1 / (4 * points)`` of the rows is in one of them.
+Merged, the rows between two values count half before and half behind what another
+block has there, so that ranks are off by a ``1 / (2 * points)`` of all rows at most.
+Sums of whole numbers and halves are exact: the quantiles do not depend on where
+blocks lie.
 """
 
 from __future__ import annotations
