@@ -176,7 +176,7 @@ def test_the_model_is_that_of_one_machine_with_the_same_cuts(bridges_client: Cli
     )  # fmt: skip
     X, y = data.drop(columns="label"), data.label
     blocks = [collection.get_partition(number).compute().drop(columns="label") for number in range(5)]
-    summaries = [summarise(block, points=4 * PARAMS["max_bin"]) for block in blocks]  # type: ignore[operator]
+    summaries = [summarise(block, points=6 * PARAMS["max_bin"]) for block in blocks]  # type: ignore[operator]
     edges = quantiles(np.concatenate(summaries), 32, coded={4})
     reference = cuts.reference_of(edges, 5, 32, ["float"] * 4 + ["c"])
     alone = xgb.train(PARAMS, xgb.QuantileDMatrix(X, y, ref=reference, max_bin=32, enable_categorical=True), 8)

@@ -153,7 +153,7 @@ def common_cuts(member: WorkerMember, spec: MatrixSpec, binning: Binning) -> dic
     The rank of each is within a ``1 / (4 * max_bin)`` of the exact one. They do not depend on where blocks lie,
     unless there are so many that each rank summarises its own.
     """
-    points = 4 * binning.max_bin
+    points = 6 * binning.max_bin  # a half of a part is lost on either side of a value, and in a bin
     found = Collected(points, _PIECE if spec.options.external_memory else _GATHERED)
     with member.span("build"):
         for key in spec.keys:

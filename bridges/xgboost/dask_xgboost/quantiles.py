@@ -4,7 +4,7 @@ A summary of a block holds, for each column, so many of its values that no two o
 them, one after the other, have more than a ``1 / points`` of the rows between them,
 the least and the greatest included; and exactly how many rows are equal to each and
 lie between them. Of large blocks values are counted in narrow bins, and the edges of
-bins stand for values; at most a ``1 / (4 * points)`` of the rows is in one of them.
+bins stand for values; at most a ``1 / (2 * points)`` of the rows is in one of them.
 Merged, the rows between two values count half before and half behind what another
 block has there, so that ranks are off by a ``1 / (2 * points)`` of all rows at most.
 Sums of whole numbers and halves are exact: the quantiles do not depend on where
@@ -32,7 +32,7 @@ _TILE = 8
 _AT_LEAST = 12
 
 #: Bins in which the values of large blocks are counted.
-_BINS = 1 << 16
+_BINS = 1 << 15
 
 _INF = np.array([-np.inf, np.inf], dtype="float32")
 
@@ -57,13 +57,17 @@ def summarise(X: Any, *, points: int, missing: float = np.nan, weight: Any = Non
     ndarray
         Of dtype `SUMMARY`, ordered by column and value.
     """
-    weigh = functools.partial(_weighted, weight=weight) if weight is not None else _counted
 
     def of_tile(tile: tuple[int, list[Any]]) -> list[Any]:
         first, columns = tile
+        # What a worker frees it gives back, and page after page of new memory would take longer than the counting.
+        room = np.empty(X.shape[0], "float32"), np.empty(X.shape[0], "int64")
+        weigh = (
+            functools.partial(_counted, room=room) if weight is None else functools.partial(_weighted, weight=weight)
+        )
         return [weigh(first + number, column, rows, points) for number, (column, rows) in enumerate(columns)]
 
-    tiles = _tiles(X, missing, with_rows=weight is not None)
+    tiles = _tiles(X, missing, with_rows=weight is not None, reuse=nthread == 1)
     if nthread == 1:
         found = [summary for tile in tiles for summary in of_tile(tile)]
     else:
@@ -72,8 +76,11 @@ def summarise(X: Any, *, points: int, missing: float = np.nan, weight: Any = Non
     return np.concatenate([np.empty(0, SUMMARY), *found])
 
 
-def _tiles(X: Any, missing: float, *, with_rows: bool) -> Iterator[tuple[int, list[Any]]]:
-    """Some columns at a time, as pairs of what is not missing and, `with_rows`, the rows it is in."""
+def _tiles(X: Any, missing: float, *, with_rows: bool, reuse: bool) -> Iterator[tuple[int, list[Any]]]:
+    """Some columns at a time, as pairs of what is not missing and, `with_rows`, the rows it is in.
+
+    With `reuse`, those of an array are in the same memory each time.
+    """
     if hasattr(X, "tocsc"):
         by_column = X.tocsc()
         for number in range(X.shape[1]):
@@ -82,15 +89,19 @@ def _tiles(X: Any, missing: float, *, with_rows: bool) -> Iterator[tuple[int, li
             yield number, [_present(values, missing, by_column.indices[inside] if with_rows else None)]
         return
     rows = np.arange(X.shape[0]) if with_rows else None
+    turned = np.empty((_TILE, X.shape[0]), "float32") if reuse and not hasattr(X, "iloc") else None
     for first in range(0, X.shape[1], _TILE):
         tile = X.iloc[:, first : first + _TILE] if hasattr(X, "iloc") else X[:, first : first + _TILE]
-        yield first, [_present(column, missing, rows) for column in _turned(tile)]
+        yield first, [_present(column, missing, rows) for column in _turned(tile, turned)]
 
 
-def _turned(tile: Any) -> Any:
-    """The columns of a tile as rows of a matrix of its own."""
+def _turned(tile: Any, room: Any) -> Any:
+    """The columns of a tile as rows of a matrix of its own, or in what there is room."""
     if not hasattr(tile, "iloc"):
-        return np.array(tile.T, dtype="float32", order="C")
+        if room is None:
+            return np.array(tile.T, dtype="float32", order="C")
+        np.copyto(room[: tile.shape[1]], tile.T, casting="unsafe")
+        return room[: tile.shape[1]]
     columns = []
     for name in range(tile.shape[1]):
         column = tile.iloc[:, name]
@@ -111,10 +122,10 @@ def _present(values: Any, missing: float, rows: Any) -> tuple[Any, Any]:
     return values[there], rows[there]
 
 
-def _counted(number: int, values: Any, rows: Any, points: int) -> Any:
+def _counted(number: int, values: Any, rows: Any, points: int, *, room: tuple[Any, Any] | None = None) -> Any:
     """The summary of a column whose rows count one each."""
     del rows
-    if len(values) > _BINS and (found := _in_bins(number, values, points)) is not None:
+    if room and len(values) > _BINS and (found := _in_bins(number, values, points, *room)) is not None:
         return found
     values.sort()  # missing ones to the end
     values = values[np.searchsorted(values, _INF[0], "right") : np.searchsorted(values, _INF[1])]
@@ -130,7 +141,7 @@ def _counted(number: int, values: Any, rows: Any, points: int) -> Any:
     return _summary(number, values[start], start, stop)
 
 
-def _in_bins(number: int, values: Any, points: int) -> Any:
+def _in_bins(number: int, values: Any, points: int, floats: Any, places: Any) -> Any:
     """The summary of a column from counts of its values in bins of equal width, which takes a fifth of sorting them.
 
     None where so many are in one bin that ranks would not be near enough: outliers, many equal ones.
@@ -139,13 +150,16 @@ def _in_bins(number: int, values: Any, points: int) -> Any:
     if not np.isfinite(high - low):
         values = values[np.isfinite(values)]
         low, high = (values.min(), values.max()) if len(values) else (0, 0)
-    with np.errstate(over="ignore"):
-        width = (float(high) - float(low)) / _BINS
-        places = (values - low) * np.float32(1 / width) if width > np.finfo("float32").tiny else _INF
-    if not np.isfinite(places.max(initial=0)):
+    width = (float(high) - float(low)) / _BINS
+    if not np.finfo("float32").tiny < width < np.finfo("float32").max / _BINS:
         return None
-    counts = np.bincount(np.minimum(places, np.float32(_BINS - 1)).astype("int64"), minlength=_BINS)
-    if counts.max() * 4 * points > len(values):
+    floats, places = floats[: len(values)], places[: len(values)]
+    np.subtract(values, low, out=floats)
+    np.multiply(floats, np.float32(1 / width), out=floats)
+    np.minimum(floats, np.float32(_BINS - 1), out=floats)
+    np.copyto(places, floats, casting="unsafe")
+    counts = np.bincount(places, minlength=_BINS)
+    if counts.max() * 2 * points > len(values):
         return None
     upto = np.concatenate([[0], np.cumsum(counts)])
     which = np.unique(np.searchsorted(upto, np.arange(points) * (len(values) / points), "right") - 1)
@@ -182,7 +196,9 @@ def _merged(summaries: Any) -> tuple[Any, Any, Any, Any]:
     """Columns, distinct values, and how much lies before each and up to it."""
     half = summaries["gap"] / 2
     before = np.concatenate([[0], half[:-1]])  # the last value of a column has no gap behind it
-    order = np.lexsort((summaries["value"], summaries["column"]))
+    bits = summaries["value"].view("int32")
+    rising = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).astype("int64")  # whole numbers in the order of the values
+    order = np.argsort((summaries["column"].astype("int64") << 32) + rising)
     column, value = summaries["column"][order], summaries["value"][order]
     new = np.append(True, (column[1:] != column[:-1]) | (value[1:] != value[:-1]))
     starts = np.flatnonzero(new)
