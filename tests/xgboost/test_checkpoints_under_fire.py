@@ -195,9 +195,10 @@ class Takes(xgb.callback.TrainingCallback):
 
 
 @pytest.mark.timeout(600)
-def test_a_training_under_kills_ends_with_the_right_model(client: Client, tmp_path: Path) -> None:
+@pytest.mark.parametrize("where", ["folder", "memory"])
+def test_a_training_under_kills_ends_with_the_right_model(client: Client, tmp_path: Path, where: str) -> None:
     rounds = 300
-    matrix = dask_xgboost.DMatrix(client, *data())
+    matrix = dask_xgboost.DMatrix(client, *data(), external_memory=where == "memory")
     options: Any = {"num_boost_round": rounds, "checkpoint_every": 5, "evals": [(matrix, "train")]}
     histories: list[dict[str, Any]] = [{}, {}]
     oracle = dask_xgboost.train(client, PARAMS, matrix, evals_result=histories[0], **options)
@@ -219,7 +220,7 @@ def test_a_training_under_kills_ends_with_the_right_model(client: Client, tmp_pa
     try:
         booster = dask_xgboost.train(
             client, PARAMS, matrix, callbacks=[Takes()], evals_result=histories[1], max_restarts=1000,
-            checkpoint=tmp_path / "kept", **options,
+            checkpoint=tmp_path / "kept" if where == "folder" else None, **options,
         )  # fmt: skip
     finally:
         over.set()
