@@ -226,7 +226,7 @@ def test_a_lost_worker_costs_time_only(bridges_doomed_client: Client, tmp_path: 
     X, signal, _ = values()
     frame = collections(X, signal)
     result = dask_xgboost.cv(
-        bridges_doomed_client, {}, *frame, callbacks=[Round(tmp_path / "died")], progress=False, folds=FOLDS
+        bridges_doomed_client, {}, *frame, callbacks=[Round(tmp_path / "died")], progress=False, folds=iter(FOLDS)
     )
     assert (tmp_path / "died").exists()
     assert_same(result, xgb.cv({}, xgb.DMatrix(X, signal), 4, folds=FOLDS))

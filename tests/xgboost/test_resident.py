@@ -228,9 +228,11 @@ def test_two_trainings_at_a_time_do_not_share_it(client: Client) -> None:
         assert same(second, expected[1])
 
 
-def test_nothing_is_kept_where_it_is_not_wanted(client: Client) -> None:
-    X, y = arrays()
-    alone(client, X, y)
+def test_nothing_is_kept_where_it_is_not_wanted(client: Client, tmp_path: Path) -> None:
+    data = Counted(tmp_path)
+    alone(client, data.X, data.y)
+    alone(client, data.X, data.y)
+    assert data.count() == 2 * data.X.npartitions
     assert not any(kept(client).values())
 
 

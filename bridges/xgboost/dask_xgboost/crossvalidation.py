@@ -246,6 +246,8 @@ class Asked:
             if isinstance(self.number, bool) or not 2 <= self.number <= matrix.rows:
                 raise DataError(f"nfold={self.number!r}: give a whole number from 2 to the {matrix.rows} rows")
             return
+        if self._pairs:  # what was given may be an iterator, or draw anew: after a loss the folds are those of before
+            return
         pairs = self.given
         if hasattr(pairs, "split"):
             rows = np.zeros((matrix.rows, 1))

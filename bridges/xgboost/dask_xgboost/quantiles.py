@@ -6,7 +6,8 @@ the least and the greatest included; and exactly how many rows are equal to each
 lie between them. Of large blocks values are counted in narrow bins, and the edges of
 bins stand for values; at most a ``1 / (2 * points)`` of the rows is in one of them.
 Merged, the rows between two values count half before and half behind what another
-block has there, so that ranks are off by a ``1 / (2 * points)`` of all rows at most.
+block has there, so that ranks are off by a ``1 / (2 * points)`` of all rows at most, or
+by twice that where values were counted in bins.
 Sums of whole numbers and halves are exact: the quantiles do not depend on where
 blocks lie.
 """

@@ -129,6 +129,18 @@ def _reset_when_closed(known: _Socket, reset: bool) -> None:
         one.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", reset, 0))
 
 
+@contextlib.contextmanager
+def _beside(watch: Callable[[], None], over: threading.Event) -> Iterator[None]:
+    """Have a thread of its own watch what is done inside; it ends when `over` is set."""
+    watching = threading.Thread(target=watch, name="dask-bridges-watching", daemon=True)
+    watching.start()
+    try:
+        yield
+    finally:
+        over.set()
+        watching.join()
+
+
 class CollectiveSockets:
     """Those of one member.
 
@@ -177,13 +189,8 @@ class CollectiveSockets:
                         _send_at_once(known)
                     return
 
-        watching = threading.Thread(target=watch, name="dask-bridges-connecting", daemon=True)
-        watching.start()
-        try:
+        with _beside(watch, over):
             yield
-        finally:
-            over.set()
-            watching.join()
 
     def pairs(self) -> list[list[Address]]:
         """Local and remote ends of the connections that came up, for the peers."""
@@ -225,13 +232,8 @@ class CollectiveSockets:
                 if hurried():
                     cls.break_connections_to(address)
 
-        watching = threading.Thread(target=watch, name="dask-bridges-goodbye", daemon=True)
-        watching.start()
-        try:
+        with _beside(watch, over):
             yield
-        finally:
-            over.set()
-            watching.join()
 
     def break_ring(self) -> None:
         """Reset the connections to the peers: a collective call that waits for them fails at once."""

@@ -19,7 +19,7 @@ from distributed import Client
 from dask_bridges import config, placement, safekeeping
 from dask_bridges.about import About
 from dask_bridges.devices.members import Wanted
-from dask_bridges.errors import BridgeError, DataError, MemberLost, WorkerLeft
+from dask_bridges.errors import BridgeError, DataError, MemberLost, PlacementError, WorkerLeft
 from dask_bridges.events import Event, FinishAsked, Progress
 from dask_bridges.gang import Gang, GangPlan
 from dask_bridges.placement import WorkerInfo
@@ -46,6 +46,9 @@ MAX_BIN = 256  # XGBoost's default
 
 #: From so many rows on, finding quantiles takes less time than XGBoost's sketch.
 _MANY_ROWS = 100_000
+
+#: So often partitions are brought back that were not there when a training began.
+FETCHES = 3
 
 #: Objectives whose leaves XGBoost fits rank by rank and then averages.
 _ADAPTIVE = ("reg:absoluteerror", "reg:quantileerror")
@@ -138,9 +141,16 @@ class Supervised:
                 if state is not None:
                     await self._place_as(state.placement)
                 result = await self._attempt(restarts + 1, state, reached)
-                while result.agreed.lacking:
+                for _ in range(FETCHES):
+                    if not result.agreed.lacking:
+                        break
                     await self._fetch(result.agreed.lacking)
                     result = await self._attempt(restarts + 1, state, reached)
+                if lacking := result.agreed.lacking:
+                    raise PlacementError(
+                        f"partitions were taken from {sorted({self._ranks[rank] for rank, _ in lacking})} before they "
+                        "could be binned, again and again: is the cluster being rebalanced?"
+                    )
             except (MemberLost, WorkerLeft) as lost:
                 if not self.max_restarts or self._is_taken_away():
                     raise
