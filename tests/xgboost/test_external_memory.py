@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import logging
 import os
 import signal
 import stat
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ from xgboost import collective
 import dask_xgboost
 from dask_bridges import DataError, MemberFailed
 from dask_bridges.testing import wait_until_free
-from dask_bridges.testing.faults import TroubleError
+from dask_bridges.testing.faults import Hold, TroubleError
 
 pytestmark = pytest.mark.cluster
 
@@ -152,6 +154,36 @@ def test_it_is_in_the_local_directory_until_the_matrix_goes(client: Client) -> N
     assert caches_on_workers(client) == kept
     del matrix
     gc.collect()
+    wait_until_gone(client)
+
+
+class Holds(xgb.callback.TrainingCallback):
+    def __init__(self, hold: Hold) -> None:
+        self.hold = hold
+
+    def after_iteration(self, model: Any, epoch: int, evals_log: Any) -> bool:
+        self.hold(collective.get_rank(), epoch)
+        return False
+
+
+def test_a_matrix_that_goes_before_the_workers_have_taken_it_leaves_nothing(client: Client) -> None:
+    """When the training ends, all their threads have other work."""
+    matrix = dask_xgboost.DMatrix(client, *arrays(), external_memory=True)
+    workers = list(client.scheduler_info(n_workers=-1)["workers"])
+    training, *others = (Hold.new(client) for _ in range(1 + len(workers)))
+    with contextlib.ExitStack() as stack, ThreadPoolExecutor(1) as pool:
+        for hold in (training, *others):
+            stack.enter_context(hold.released_at_last(client))
+        trained = pool.submit(train, client, matrix, callbacks=[Holds(training)])
+        assert training.reached(client).wait(timeout=60)
+        work = [client.submit(hold, 0, 0, workers=[each], pure=False) for hold, each in zip(others, workers)]
+        assert all(hold.reached(client).wait(timeout=20) for hold in others)
+        training.released(client).set()
+        trained.result(timeout=60)
+        del matrix
+        gc.collect()
+        assert caches_on_workers(client)
+    client.gather(work)
     wait_until_gone(client)
 
 

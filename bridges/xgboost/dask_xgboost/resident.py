@@ -129,6 +129,11 @@ async def disown(client: Client, workers: Sequence[str], tokens: Sequence[str]) 
                 await client.run(_disown, tokens, workers=list(workers), on_error="ignore")
 
 
+async def _until_taken(future: Future) -> None:
+    with contextlib.suppress(Exception):
+        await future.exception()
+
+
 class Residents:
     """What workers keep of one matrix, by worker, with what it was built from and how."""
 
@@ -148,6 +153,9 @@ class Residents:
         key = f"dask-bridges-matrix-{token}-{zlib.crc32(worker.encode()):08x}"
         # Where the worker is gone the task finds nothing elsewhere, and does not wait for it.
         future = client.submit(_take, token, key=key, workers=[worker], allow_other_workers=True, priority=50)
+        client.loop.add_callback(
+            _until_taken, future
+        )  # let go of before, the task would not run, and what was left stay
         self._kept[worker] = (how, future)
 
     def forget(self, worker: str) -> None:
