@@ -27,18 +27,8 @@ lint: $(VENV)/.dev  ## ruff, mypy --strict, import directions
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-bench: $(VENV)/.dev  ## the benchmarks, each beside its peer
-	$(BIN)/python benchmarks/gang_cost.py
-	$(BIN)/python benchmarks/xgboost_train.py --only cold,repeated,tiny,predict
-	$(BIN)/python benchmarks/detection.py
-	$(BIN)/python benchmarks/models_moving.py
-	$(BIN)/python benchmarks/spool.py
-	$(BIN)/python benchmarks/device_jobs.py
-	$(BIN)/python benchmarks/tf_feed.py
-	$(BIN)/python benchmarks/tf_cluster.py
-	$(BIN)/python benchmarks/keras_fit.py
-	$(BIN)/python benchmarks/report_cost.py
-	$(BIN)/python benchmarks/glm.py
+bench: $(VENV)/.dev  ## the benchmarks, each beside its peer, to docs/benchmarks.md; some of them with ONLY="names"
+	$(BIN)/python benchmarks/run.py $(ONLY)
 
 notebooks: $(VENV)/.dev  ## execute the notebooks and keep their outputs; one of them with N=path
 	$(BIN)/python notebooks/execute.py $(N)
@@ -48,7 +38,7 @@ docs: $(VENV)/.dev  ## the documentation, to docs/_build/html
 	$(BIN)/python -m sphinx -W -b html docs docs/_build/html
 
 clean:  ## remove what make made
-	rm -rf $(VENV) docs/_build docs/notebooks dist demo-output .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) docs/_build docs/notebooks dist demo-output bench-output .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

@@ -1,9 +1,14 @@
 """How long after a death its caller is told, and whether of the right cause: ours beside xgboost.dask.
 
-From the moment of the deed, as the doer wrote it down, until the caller has the
-error in hand. Deadlines are the defaults, except where the row names another.
+From the moment of the deed, as the doer wrote it down, until the caller has the error in hand. Deadlines are the
+defaults, except where the case names another. Right is how often the error named the true cause: the member that was
+lost, or the exception that it raised. Loopback is a bridge without a framework, with members in the workers and in
+child processes of theirs.
 
-Run: python benchmarks/detection.py [--seeds 20] [--quick]
+It is bound by how a death is noticed: an exception is told at once, of a process its parent or the scheduler tells
+that it is gone, and silence takes its deadline.
+
+Run: python benchmarks/detection.py [--seeds 20] [--quick] [--patience 90]
 """
 
 from __future__ import annotations
@@ -25,7 +30,6 @@ from typing import Any
 
 import cloudpickle
 import dask.config
-import numpy as np
 import xgboost as xgb
 from distributed import Client, LocalCluster
 from xgboost import collective
@@ -38,12 +42,12 @@ from dask_bridges.testing.clusters import cluster_of_hosts
 from dask_bridges.testing.contract.base import make_data
 from dask_bridges.testing.faults import Dated, crash, die, freeze, trouble, vanish
 from dask_bridges.testing.hosts import missing_for_networks, network
+from results import missing, show
 
 WORKERS = 3
 ROUNDS = 100_000
 PARAMS = {"objective": "binary:logistic", "max_depth": 3, "eta": 0.5}
-#: After so many seconds a caller that has not been told is not waited for any longer.
-PATIENCE = 90
+OURS, THEIRS, LOOPBACK = "dask_xgboost", "xgboost.dask", "loopback"
 
 
 class Faulty(xgb.callback.TrainingCallback):
@@ -88,21 +92,32 @@ def is_cause(error: BaseException, rank: int, action: Callable[[], None]) -> boo
 class Row:
     """What was measured of one kind of death."""
 
-    label: str
+    #: After so many seconds a caller that has not been told is not waited for any longer.
+    patience: float
     times: list[float] = field(default_factory=list)
     right: int = 0
     asked: int = 0
 
-    def report(self) -> None:
-        tell = sorted(self.times)
-        figures = [np.median(tell), np.quantile(tell, 0.99), tell[-1]] if tell else [float("nan")] * 3
-        print(f"{self.label:<58}" + "".join(f"{value:9.2f}" for value in figures) + f"{self.right:>7}/{self.asked}")
-        sys.stdout.flush()
+    @property
+    def notes(self) -> dict[str, str]:
+        said = {"max": f"{max(self.times):.2f}", "right": f"{self.right} of {self.asked}"}
+        if untold := self.times.count(self.patience):
+            said["not told"] = f"{untold} of {self.asked}, given up after {self.patience:.0f} s"
+        return said
 
 
-def measure(label: str, train: Callable[..., Any], action: Callable[[], None], seeds: int, **deadlines: str) -> None:
+def tell(case: str, rows: dict[str, Row], *, head: bool = True) -> None:
+    """Show what was measured of one kind of death, by who trained."""
+    found = {name: row.times for name, row in rows.items()}
+    notes = {name: row.notes for name, row in rows.items()}
+    show(case, "s", found, ours=[name for name in rows if name != THEIRS], turns=False, notes=notes, head=head)
+
+
+def measure(
+    train: Callable[..., Any], action: Callable[[], None], seeds: int, patience: float, **deadlines: str
+) -> Row:
     """One kind of death, once a seed; a new cluster where the last caller was not told."""
-    row, seed = Row(label), 0
+    row, seed = Row(patience), 0
     settings = {f"dask-bridges.{name.replace('_', '-')}": value for name, value in deadlines.items()}
     while seed < seeds:
         with dask.config.set(settings), cluster() as client, ThreadPoolExecutor(1) as pool:
@@ -114,7 +129,7 @@ def measure(label: str, train: Callable[..., Any], action: Callable[[], None], s
                 if told and train is not theirs:
                     assert leftovers(client) == {}
                 client.wait_for_workers(WORKERS, timeout=60)
-    row.report()
+    return row
 
 
 def once(
@@ -127,8 +142,9 @@ def once(
         row.asked += 1
         training = pool.submit(train, Fault(rank, round_, Dated(action, file)))
         try:
-            training.result(PATIENCE)
+            training.result(row.patience)
         except TimeoutError:
+            row.times.append(row.patience)
             client.close()  # the thread ends with it
             with contextlib.suppress(BaseException):
                 training.result(30)
@@ -181,9 +197,9 @@ def start_caller(address: str, folder: str) -> subprocess.Popen[bytes]:
     return process
 
 
-def killed_callers(seeds: int) -> None:
+def killed_callers(seeds: int, patience: float) -> Row:
     """Until the places of a killed client's gang are free."""
-    row = Row("client killed: places free")
+    row = Row(patience)
     with cluster() as client, tempfile.TemporaryDirectory() as folder:
         for _ in range(seeds):
             process = start_caller(client.scheduler.address, folder)
@@ -194,11 +210,11 @@ def killed_callers(seeds: int) -> None:
             row.times.append(time.time() - start)
             row.asked, row.right = row.asked + 1, row.right + 1
             process.wait()
-    row.report()
+    return row
 
 
-def killed_schedulers(seeds: int) -> None:
-    row = Row("scheduler killed: caller told")
+def killed_schedulers(seeds: int, patience: float) -> Row:
+    row = Row(patience)
     for _ in range(seeds):
         with (
             command_line_cluster(workers=2) as killed,
@@ -213,11 +229,13 @@ def killed_schedulers(seeds: int) -> None:
             killed.scheduler.kill()
             row.asked += 1
             try:
-                training.result(PATIENCE)
+                training.result(patience)
+            except TimeoutError:
+                row.times.append(patience)
             except Exception as error:
                 row.times.append(time.time() - start)
                 row.right += isinstance(error, MemberLost) and "scheduler is gone" in str(error)
-    row.report()
+    return row
 
 
 def see_lost_host(client: Client, up: Path, told: Path) -> None:
@@ -227,10 +245,10 @@ def see_lost_host(client: Client, up: Path, told: Path) -> None:
         told.write_text(f"{time.time()!r} {'host does not answer' in str(error)}")
 
 
-def silent_hosts(seeds: int) -> None:
-    row = Row("host silent (host-timeout 10 s)")
-    if missing := missing_for_networks():
-        print(f"{row.label}: not measured, {missing}")
+def silent_hosts(case: str, seeds: int, patience: float) -> None:
+    row = Row(patience)
+    if lacking := missing_for_networks():
+        missing(case, LOOPBACK, lacking)
         return
     for _ in range(seeds):
         with (
@@ -245,35 +263,41 @@ def silent_hosts(seeds: int) -> None:
                 time.sleep(0.01)
             start = time.time()
             hosts.unplug("two")
-            process.wait(PATIENCE)
+            process.wait(patience)
             when, right = told.read_text().split()
             row.times.append(float(when) - start)
             row.asked, row.right = row.asked + 1, row.right + (right == "True")
-    row.report()
+    tell(case, {LOOPBACK: row}, head=False)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=20)
     parser.add_argument("--quick", action="store_true", help="leave out what takes a default deadline of 30 s")
+    parser.add_argument("--patience", type=float, default=90, help="seconds after which a caller is given up")
     options = parser.parse_args()
     many, some, few = options.seeds, max(1, options.seeds // 2), max(1, options.seeds // 5)
     cloudpickle.register_pickle_by_value(sys.modules["__main__"])
-    print(f"{'seconds':<58}{'median':>9}{'p99':>9}{'max':>9}  right/asked")
-    for place, train in (("loopback", in_worker), ("loopback in child processes", in_child), ("XGBoost", ours)):
-        measure(f"{place}: a member raises", train, trouble, many)
-        measure(f"{place}: SIGKILL", train, die, some)
-        measure(f"{place}: segfault", train, crash, some)
-        measure(f"{place}: os._exit(0)", train, vanish, some)
-        measure(f"{place}: frozen (hang-timeout 3 s)", train, freeze, few, hang_timeout="3s")
+    trains = {OURS: ours, LOOPBACK: in_worker, f"{LOOPBACK}, child processes": in_child}
+    patience = options.patience
+    for case, action, seeds, deadlines in (
+        ("a member raises", trouble, many, {}),
+        ("a worker is killed by SIGKILL", die, some, {}),
+        ("a segfault", crash, some, {}),
+        ("os._exit(0)", vanish, some, {}),
+        ("frozen, hang-timeout 3 s", freeze, few, {"hang_timeout": "3s"}),
+    ):
+        rows = {name: measure(train, action, seeds, patience, **deadlines) for name, train in trains.items()}
+        if action in (trouble, die):
+            rows[THEIRS] = measure(theirs, action, many if action is trouble else few, patience)
+        tell(case, rows, head=THEIRS in rows)
     if not options.quick:
-        measure("loopback: frozen (hang-timeout 30 s)", in_worker, freeze, 2)
-        measure("loopback in child processes: frozen (hang-timeout 30 s)", in_child, freeze, 2)
-    killed_callers(some)
-    killed_schedulers(few)
-    silent_hosts(few)
-    measure("xgboost.dask: a member raises", theirs, trouble, many)
-    measure("xgboost.dask: SIGKILL", theirs, die, few)
+        loopbacks = {name: train for name, train in trains.items() if train is not ours}
+        rows = {name: measure(train, freeze, 2, patience) for name, train in loopbacks.items()}
+        tell("frozen, hang-timeout 30 s", rows, head=False)
+    tell("the client is killed: places are free", {LOOPBACK: killed_callers(some, patience)}, head=False)
+    tell("the scheduler is killed: the caller is told", {LOOPBACK: killed_schedulers(few, patience)}, head=False)
+    silent_hosts("a host is silent, host-timeout 10 s", few, patience)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,11 @@
 """Jobs on simulated devices: the share of device time they use, what each costs, and what a long queue costs Dask.
 
-Beside them the same work as plain Dask tasks with a resource, in the worker's own
-process, and in a new process each.
+Jobs sleep, on devices that are names alone. The overhead is the time from the beginning of a job to that of the next
+on the same device, but for what the job itself sleeps. Beside them is the same work as plain Dask tasks with a
+resource, in the worker's own process, and in a new Python process each, which is what isolates as ours do.
+
+A job is bound by the fork of a process that has all imported already, and by the messages that end one and begin the
+next. The lag is by how much the scheduler's event loop is late, sampled each 10 ms.
 
 Run: python benchmarks/device_jobs.py
 """
@@ -12,7 +16,6 @@ import asyncio
 import contextlib
 import itertools
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -26,12 +29,15 @@ from distributed import Client, LocalCluster, wait
 
 from dask_bridges.jobs import DevicePool
 from dask_bridges.testing import command_line_cluster
+from results import show
 
 EIGHT = {"0": ["a", "b", "c", "d"], "1": ["e", "f", "g", "h"]}
 ONE = {"0": ["a"]}
 LONG, SHORT = 0.2, 0.02
 #: Jobs that are queued at once, and how many of them are run before the rest is cancelled.
 QUEUED, RUN = 10_000, 1_000
+NEW, TASKS = "a new process each", "tasks in the worker itself"
+OURS, FOLDER = "DevicePool", str(Path(__file__).parent)
 
 
 def sleeps(folder: str, seconds: float, number: int) -> None:
@@ -46,8 +52,8 @@ def sleeps(folder: str, seconds: float, number: int) -> None:
 
 def spawns(folder: str, seconds: float, number: int) -> None:
     """The same in a new Python process."""
-    command = f"from benchmarks.device_jobs import sleeps; sleeps({folder!r}, {seconds}, {number})"
-    subprocess.run([sys.executable, "-c", command], check=True, cwd=Path(__file__).parents[1])
+    command = f"from device_jobs import sleeps; sleeps({folder!r}, {seconds}, {number})"
+    subprocess.run([sys.executable, "-c", command], check=True, cwd=FOLDER)
 
 
 def nothing(number: int) -> None:
@@ -79,9 +85,8 @@ def overheads(found: dict[str, list[tuple[float, float]]]) -> list[float]:
     return [1e3 * (later[0] - earlier[0] - SHORT) for earlier, later in pairs]
 
 
-def report(label: str, values: Sequence[float]) -> None:
-    low, middle, high = statistics.quantiles(values, n=4)
-    print(f"{label:<52}{middle:9.1f}{low:9.1f}{high:9.1f}{sorted(values)[int(0.99 * len(values))]:9.1f}", flush=True)
+def tail(values: Sequence[float]) -> dict[str, str]:
+    return {"p99": f"{sorted(values)[int(0.99 * len(values))]:.1f}"}
 
 
 def cpu_used() -> float:
@@ -115,7 +120,8 @@ def measure_lag(client: Client, busy: Callable[[], None]) -> list[float]:
     return list(client.run_on_scheduler(end))
 
 
-def in_processes(client: Client, devices: dict[str, list[str]], label: str) -> None:
+def in_processes(client: Client, devices: dict[str, list[str]], label: str) -> list[float]:
+    """The overheads of short jobs; and what devices are used for by long ones, where there are several."""
     with DevicePool(client, devices=devices, preload=()) as pool:
         count = sum(map(len, devices.values()))
         wait(pool.map(nothing, range(4 * count)))
@@ -124,31 +130,57 @@ def in_processes(client: Client, devices: dict[str, list[str]], label: str) -> N
                 100 * used(logged(lambda folder: pool.map(sleeps, [folder] * 120, [LONG] * 120, range(120))), count)
                 for _ in range(5)
             ]
-            report(f"device time used by jobs of 200 ms, {label} (%)", shares)
+            show(f"device time used by jobs of 200 ms, {label}", "%", {OURS: shares}, more=True)
         jobs = 400 if count > 1 else 150
         before = cpu_used()
         found = logged(lambda folder: pool.map(sleeps, [folder] * jobs, [SHORT] * jobs, range(jobs)))
-        print(f"{f'processor time of a job, {label} (ms)':<52}{(cpu_used() - before) / jobs:9.1f}", flush=True)
-        report(f"overhead of jobs of 20 ms, {label} (ms)", overheads(found))
+        spent = {OURS: [(cpu_used() - before) / jobs]}
+        show(f"processor time of a job, {label}", "ms", spent, head=False)
+    return overheads(found)
 
 
-def peers(client: Client) -> None:
-    for label, function, jobs in [("tasks in the worker", sleeps, 150), ("a new process each", spawns, 10)]:
-        found = logged(
-            lambda folder, function=function, jobs=jobs: client.map(
-                function, [folder] * jobs, [SHORT] * jobs, range(jobs), resources={"GPU": 1}, workers=[0], pure=False
+def one_device(client: Client) -> None:
+    found = {OURS: in_processes(client, ONE, "one device")}
+    for label, function, jobs in [(NEW, spawns, 10), (TASKS, sleeps, 150)]:
+        found[label] = overheads(
+            logged(
+                lambda folder, function=function, jobs=jobs: client.map(
+                    function,
+                    [folder] * jobs,
+                    [SHORT] * jobs,
+                    range(jobs),
+                    resources={"GPU": 1},
+                    workers=[0],
+                    pure=False,
+                )
             )
         )
-        report(f"overhead of tasks of 20 ms, one device, {label} (ms)", overheads(found))
+    notes = {name: tail(values) for name, values in found.items()}
+    show("overhead of jobs of 20 ms, one device", "ms", found, ours=OURS, limits=[TASKS], turns=False, notes=notes)
 
 
-def queue(client: Client) -> None:
+def lags(client: Client) -> None:
+    """While nothing is asked of the scheduler, with jobs, and with plain tasks as many."""
+    idle = measure_lag(client, lambda: time.sleep(5))
+    tasks = measure_lag(client, lambda: wait(client.map(nothing, range(QUEUED), pure=False)))
     first, second = sorted(client.scheduler_info(n_workers=-1)["workers"])
     with DevicePool(client, devices={first: EIGHT["0"], second: EIGHT["1"]}, preload=()) as pool:
         wait(pool.map(nothing, range(32)))
         start = time.perf_counter()
-        report(f"lag of the scheduler, {QUEUED:,} jobs queued (ms)", measure_lag(client, lambda: _run_some(pool)))
-        print(f"{'jobs a second, empty ones':<52}{RUN / (time.perf_counter() - start):9.1f}")
+        jobs = measure_lag(client, lambda: _run_some(pool))
+        rate = RUN / (time.perf_counter() - start)
+    found = {OURS: jobs, f"{QUEUED:,} plain tasks": tasks, "idle": idle}
+    notes = {name: tail(values) for name, values in found.items()}
+    show(
+        f"lag of the scheduler, {QUEUED:,} jobs queued",
+        "ms",
+        found,
+        ours=OURS,
+        limits=["idle"],
+        notes=notes,
+        head=False,
+    )
+    show("empty jobs, 8 devices", "jobs/s", {OURS: [rate]}, more=True, head=False)
 
 
 def _run_some(pool: DevicePool) -> None:
@@ -158,23 +190,15 @@ def _run_some(pool: DevicePool) -> None:
 
 
 def main() -> None:
-    print(f"{'':<52}{'median':>9}{'q1':>9}{'q3':>9}{'p99':>9}")
     with (
         LocalCluster(n_workers=2, threads_per_worker=1, resources={"GPU": 1}, dashboard_address=":0") as cluster,
         Client(cluster) as client,
     ):
-        in_processes(client, EIGHT, "8 devices")
-        in_processes(client, ONE, "one device")
-        peers(client)
+        eight = in_processes(client, EIGHT, "8 devices")
+        show("overhead of jobs of 20 ms, 8 devices", "ms", {OURS: eight}, notes={OURS: tail(eight)}, head=False)
+        one_device(client)
     with command_line_cluster(workers=2) as processes:  # the scheduler has a process of its own
-        client = processes.client
-        # While nothing is asked of it, and with plain tasks as many.
-        report("lag of the scheduler, idle (ms)", measure_lag(client, lambda: time.sleep(5)))
-        report(
-            f"lag of the scheduler, {QUEUED:,} plain tasks (ms)",
-            measure_lag(client, lambda: wait(client.map(nothing, range(QUEUED), pure=False))),
-        )
-        queue(client)
+        lags(processes.client)
 
 
 if __name__ == "__main__":

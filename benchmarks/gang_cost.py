@@ -1,13 +1,18 @@
 """What a gang costs by itself: members that do nothing, beside plain Dask tasks on the same workers.
 
+A gang waits for its turn, places its members, starts them together, follows them and ends them, from the call to its
+return. The tasks are pinned, one a worker, and their results are gathered: what any call to all workers takes.
+
+Both are bound by messages to the scheduler and the workers, and by their event loops. The many workers share one
+process and one event loop, which in life each has for itself.
+
 Run: python benchmarks/gang_cost.py
 """
 
 from __future__ import annotations
 
-import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import dask
@@ -15,6 +20,7 @@ from distributed import Client, LocalCluster, wait
 
 from dask_bridges.gang import Gang, GangPlan
 from dask_bridges.task import WorkerMember
+from results import show
 
 REPEATS = 30
 
@@ -40,28 +46,24 @@ def run_tasks(client: Client, workers: Sequence[str]) -> None:
     client.gather(futures)
 
 
-def measure(function: Callable[..., None], client: Client, workers: Sequence[str], repeats: int) -> list[float]:
-    """Milliseconds of each call, after one that is not counted."""
-    function(client, workers)
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        function(client, workers)
-        times.append(1e3 * (time.perf_counter() - start))
-    return times
-
-
-def report(label: str, times: Sequence[float]) -> None:
-    low, _, high = statistics.quantiles(times, n=4)
-    print(f"{label:<44}{statistics.median(times):9.1f}{low:9.1f}{high:9.1f}{max(times):9.1f}")
+def compare(case: str, client: Client, repeats: int, *, head: bool) -> None:
+    """Milliseconds of each, in turns, after one that is not counted."""
+    workers = list(client.scheduler_info(n_workers=-1)["workers"])
+    ways = {"a gang": run_gang, "plain tasks": run_tasks}
+    found: dict[str, list[float]] = {name: [] for name in ways}
+    for turn in range(repeats + 1):
+        for name, way in ways.items():
+            start = time.perf_counter()
+            way(client, workers)
+            if turn:
+                found[name].append(1e3 * (time.perf_counter() - start))
+    notes = {name: {"max": f"{max(times):.1f}"} for name, times in found.items()}
+    show(case, "ms", found, ours="a gang", limits=["plain tasks"], notes=notes, head=head)
 
 
 def main() -> None:
-    print(f"{'milliseconds':<44}{'median':>9}{'q1':>9}{'q3':>9}{'max':>9}")
     with LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=":0") as cluster, Client(cluster) as client:
-        workers = list(client.scheduler_info(n_workers=-1)["workers"])
-        report("2 worker processes, plain tasks", measure(run_tasks, client, workers, REPEATS))
-        report("2 worker processes, a gang", measure(run_gang, client, workers, REPEATS))
+        compare("2 worker processes", client, REPEATS, head=True)
     # In life each worker has its own process for what it does beside its work. Here two hundred share
     # one event loop, which their monitors, ticks and profilers alone would keep busy.
     quiet = {
@@ -79,10 +81,8 @@ def main() -> None:
                 Client(cluster, timeout=120) as client,
             ):
                 client.wait_for_workers(size, timeout=120)
-                workers = list(client.scheduler_info(n_workers=-1)["workers"])
                 repeats = max(5, REPEATS // max(1, size // 8))
-                report(f"{size} workers in one process, plain tasks", measure(run_tasks, client, workers, repeats))
-                report(f"{size} workers in one process, a gang", measure(run_gang, client, workers, repeats))
+                compare(f"{size} workers in one process", client, repeats, head=size == 200)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,12 @@
 """Logistic regression by L-BFGS: a gang with an all-reduce beside dask-glm, dask.array by hand, and SciPy alone.
 
-All run SciPy's L-BFGS-B from zeros on the same rows, to the same loss. Ours is the bridge
-of ``notebooks/5-your-own-bridge.ipynb``. By hand is what dask-glm does, without it: one
-graph an evaluation. The contenders take turns, so that what slows the machine down slows
-all of them. Beside the time stands the white space: the share of the workers' time in
-which they compute nothing.
+All run SciPy's L-BFGS-B from zeros on the same rows, to the same loss. Ours is the bridge of
+``notebooks/5-your-own-bridge.ipynb``. By hand is what dask-glm does, without it: one graph an evaluation. The
+contenders take turns, so that what slows the machine down slows all of them. Beside the time stands the white space:
+the share of the workers' time in which they compute nothing.
+
+What bounds it is one evaluation of loss and gradient over all rows, from memory, times some twenty. What comes on top
+is white space: a graph an evaluation goes through the scheduler, an all-reduce does not.
 
 Run: python benchmarks/glm.py [--rows 1000000] [--columns 20] [--repeats 5]
 """
@@ -29,8 +31,10 @@ from scipy.special import expit
 from threadpoolctl import threadpool_limits
 
 from dask_bridges.events import Event, Span
+from results import missing, show
 
 WORKERS = 2
+OURS, ALONE = "a gang, all-reduce", "SciPy, one process and thread"
 NOTEBOOK = Path(__file__).parents[1] / "notebooks" / "5-your-own-bridge.ipynb"
 
 #: Weights of a run, and the seconds that workers computed in it, all together; None where no worker takes part.
@@ -71,7 +75,7 @@ def computing(stream: Any) -> float:
     return float(sum(part["stop"] - part["start"] for part in parts if part["action"] == "compute"))
 
 
-def contenders(client: Client, data: tuple[Any, Any, Any, Any]) -> dict[str, Callable[[], Outcome]]:
+def contenders(case: str, client: Client, data: tuple[Any, Any, Any, Any]) -> dict[str, Callable[[], Outcome]]:
     X, y, dX, dy = data
     logistic = bridge()
 
@@ -94,18 +98,18 @@ def contenders(client: Client, data: tuple[Any, Any, Any, Any]) -> dict[str, Cal
             found = minimize(loss_and_gradient, np.zeros(X.shape[1]), (X, y), jac=True, method="L-BFGS-B")
         return found.x, None
 
-    run: dict[str, Callable[[], Outcome]] = {"a gang, all-reduce": ours}
-    if (theirs := dask_glm(client, dX, dy)) is not None:
+    run: dict[str, Callable[[], Outcome]] = {OURS: ours}
+    if (theirs := dask_glm(case, client, dX, dy)) is not None:
         run["dask-glm, lbfgs"] = theirs
-    return {**run, "dask.array by hand, a graph an evaluation": by_hand, "SciPy, one process and thread": alone}
+    return {**run, "dask.array by hand, a graph an evaluation": by_hand, ALONE: alone}
 
 
-def dask_glm(client: Client, X: Any, y: Any) -> Callable[[], Outcome] | None:
+def dask_glm(case: str, client: Client, X: Any, y: Any) -> Callable[[], Outcome] | None:
     """Its lbfgs; None where it is missing, or does not run with this Dask."""
     try:
         from dask_glm.algorithms import lbfgs
     except ImportError as error:
-        print(f"dask-glm is missing: {error}")
+        missing(case, "dask-glm, lbfgs", error)
         return None
 
     def fit() -> Outcome:
@@ -117,13 +121,15 @@ def dask_glm(client: Client, X: Any, y: Any) -> Callable[[], Outcome] | None:
     try:
         fit()
     except Exception as error:  # whatever has changed under it
-        print(f"dask-glm does not run with Dask {dask.__version__}: {type(error).__name__}: {error}")
+        missing(
+            case, "dask-glm, lbfgs", f"it does not run with Dask {dask.__version__}: {type(error).__name__}: {error}"
+        )
         return None
     return fit
 
 
-def compare(title: str, run: dict[str, Callable[[], Outcome]], data: tuple[Any, ...], repeats: int) -> None:
-    """Time the contenders in turn; print medians, quartiles, the ratio to the first, white space and loss."""
+def compare(case: str, run: dict[str, Callable[[], Outcome]], data: tuple[Any, ...], repeats: int) -> None:
+    """Time the contenders in turn, and show also white space and loss."""
     for call in run.values():
         call()
     times: dict[str, list[float]] = {name: [] for name in run}
@@ -136,16 +142,10 @@ def compare(title: str, run: dict[str, Callable[[], Outcome]], data: tuple[Any, 
             times[name].append(time.perf_counter() - start)
             if busy is not None:
                 white[name].append(1 - busy / (WORKERS * times[name][-1]))
-    first = next(iter(times.values()))
-    print(f"\n{title:<48}{'median s':>10}{'q1':>8}{'q3':>8}{'of ours':>9}{'white':>8}{'loss':>14}")
-    for name, taken in times.items():
-        low, _, high = statistics.quantiles(taken, n=4)
-        ratio = statistics.median(b / a for a, b in zip(first, taken))
-        space = f"{statistics.median(white[name]):.0%}" if white[name] else "-"
-        loss = loss_and_gradient(weights[name], *data[:2])[0] / len(data[1])
-        print(
-            f"  {name:<46}{statistics.median(taken):>10.3f}{low:>8.3f}{high:>8.3f}{ratio:>9.2f}{space:>8}{loss:>14.9f}"
-        )
+    losses = {name: loss_and_gradient(weights[name], *data[:2])[0] / len(data[1]) for name in run}
+    notes = {name: {"loss": f"{loss:.9f}"} for name, loss in losses.items()}
+    space = {name: statistics.median(shares) for name, shares in white.items() if shares}
+    show(case, "s", times, ours=OURS, limits=[ALONE], notes=notes, white=space)
 
 
 def main() -> None:
@@ -159,8 +159,8 @@ def main() -> None:
         Client(cluster) as client,
     ):
         data = make(client, options.rows, options.columns)
-        title = f"logistic regression {options.rows} x {options.columns}"
-        compare(title, contenders(client, data), data, options.repeats)
+        case = f"{options.rows:,} x {options.columns}, L-BFGS to the same loss"
+        compare(case, contenders(case, client, data), data, options.repeats)
 
 
 if __name__ == "__main__":

@@ -1,22 +1,28 @@
 """`dask_keras.fit` on 2 processes: its steps beside a MultiWorkerMirrored run by hand and one process; its batches.
 
-Run: python benchmarks/keras_fit.py
+Two dense networks are trained in batches of 256 rows, a half on each process. Each process computes with one thread,
+and what starts and traces is not counted. Keras 3 under MultiWorkerMirroredStrategy fails at its first batch
+(keras#20585): the run by hand has the two functions corrected that are at fault. Batches are counted in this process,
+as a rank has them, from files in shared memory.
 
-Keras 3 under MultiWorkerMirroredStrategy fails at its first batch (keras#20585): the run by hand has the two
-functions corrected that are at fault. Each process computes with one thread.
+A step is bound by the products of the network, and by what Keras and TensorFlow spend on each batch whatever its
+size; then by the sum of the gradients over both processes. Two processes of one thread give at most twice the steps
+of one.
+
+Run: python benchmarks/keras_fit.py [--runs 3] [--passes 9]
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import socket
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,20 +31,15 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 import keras
 import numpy as np
 
+from results import show
+
 PROCESSES, BATCH, COLUMNS = 2, 256, 64
 #: Of two hidden layers: about 50,000 and 1 million parameters.
 UNITS = (190, 958)
-FIRST, STEPS, RUNS = 20, 170, 3
-FEED_ROWS, FEED_COLUMNS, PASSES = 200_000, 128, 9
-
-
-def show(label: str, values: Sequence[float], unit: str) -> None:
-    low, middle, high = statistics.quantiles(values, n=4)
-    print(f"{label:<62}{middle:10.2f}{low:10.2f}{high:10.2f}  {unit}", flush=True)
-
-
-def head(title: str) -> None:
-    print(f"\n{title:<62}{'median':>10}{'q1':>10}{'q3':>10}", flush=True)
+FIRST, STEPS = 20, 170
+FEED_ROWS, FEED_COLUMNS = 200_000, 128
+OURS, HAND, ALONE = "dask_keras.fit", "MultiWorkerMirroredStrategy by hand", "model.fit, 1 process"
+FEED, MEMORY, GENERATOR = "feed", "from_tensor_slices", "from_generator, a row"
 
 
 # Steps
@@ -184,7 +185,7 @@ def correct_keras() -> None:
     trainer.reduce_per_replica = reduced
 
 
-def steps() -> None:
+def steps(runs: int) -> None:
     from distributed import Client, LocalCluster
 
     found = []
@@ -194,18 +195,13 @@ def steps() -> None:
     ):
         X, y = held(client)
         on_dask(client, X, y, UNITS[0])  # its processes import TensorFlow
-        for _ in range(RUNS):  # in turns, so that what else this machine does falls on all
+        for _ in range(runs):  # in turns, so that what else this machine does falls on all
             ours = [on_dask(client, X, y, units) for units in UNITS]
             found.append((by_hand("mirrored", PROCESSES), ours, by_hand("alone", 1)))
-            print(f"by hand, ours, alone (steps/s of each model): {found[-1]}", file=sys.stderr, flush=True)
     for at, units in enumerate(UNITS):
-        head(f"{network(units).count_params():,} parameters, batches of {BATCH}, Adam")
         hand, ours, one = ([rates[at] for rates in way] for way in zip(*found))
-        show(f"MultiWorkerMirroredStrategy by hand, {PROCESSES} processes of 1 thread", hand, "steps/s")
-        show(f"dask_keras.fit, {PROCESSES} processes of 1 thread", ours, "steps/s")
-        show("  of MultiWorkerMirroredStrategy", [a / b for a, b in zip(ours, hand)], "x")
-        show("model.fit, 1 process of 1 thread", one, "steps/s")
-        show("  ours, of this", [a / b for a, b in zip(ours, one)], "x")
+        case = f"fit, {network(units).count_params():,} parameters, batches of {BATCH}, Adam"
+        show(case, "steps/s", {OURS: ours, HAND: hand, ALONE: one}, ours=OURS, limits=[ALONE], more=True)
 
 
 # Feeding
@@ -218,7 +214,7 @@ def one_pass(batches: Any) -> float:
     return count / (time.perf_counter() - start) / 1e6
 
 
-def feeding() -> None:
+def feeding(passes: int) -> None:
     """In this process, as a rank has it: files in memory, read by `dask_keras.feeds`."""
     import tensorflow as tf
 
@@ -251,42 +247,41 @@ def feeding() -> None:
                 return once(batches, shares.steps)
 
             plain = tf.data.Dataset.from_tensor_slices((X, y))
-            ways: dict[str, tuple[Any, str | None]] = {
-                "from_tensor_slices": (plain.batch(size).prefetch(2), None),
-                "feed": (ours(False), "from_tensor_slices"),
-                "from_tensor_slices, shuffled": (plain.shuffle(25_000).batch(size).prefetch(2), None),
-                "feed, shuffled": (ours(True), "from_tensor_slices, shuffled"),
-                "from_generator, a row": (
-                    tf.data.Dataset.from_generator(by_row, output_signature=signature).batch(size).prefetch(2), None,
-                ),
-            }  # fmt: skip
-            compare(f"{FEED_COLUMNS} float32 columns, batches of {size}", ways)
+            by_rows = tf.data.Dataset.from_generator(by_row, output_signature=signature)
+            case = f"{FEED_COLUMNS} float32 columns, batches of {size}"
+            ways = {
+                FEED: ours(False),
+                MEMORY: plain.batch(size).prefetch(2),
+                GENERATOR: by_rows.batch(size).prefetch(2),
+            }
+            compare(case, ways, passes)
+            ways = {FEED: ours(True), MEMORY: plain.shuffle(25_000).batch(size).prefetch(2)}
+            compare(f"{case}, shuffled", ways, passes)
 
 
-def compare(title: str, ways: dict[str, tuple[Any, str | None]]) -> None:
+def compare(case: str, ways: dict[str, Any], passes: int) -> None:
     found: dict[str, list[float]] = {label: [] for label in ways}
-    for turn in range(PASSES + 1):
-        for label, (batches, _) in ways.items():
-            if turn < 6 or "generator" not in label:
+    for turn in range(passes + 1):
+        for label, batches in ways.items():
+            if turn < 4 or label != GENERATOR:
                 found[label].append(one_pass(batches))
-    head(title)
-    for label, (_, peer) in ways.items():
-        show(label, found[label][1:], "Mrows/s")
-        if peer:
-            show(f"  of {peer}", [a / b for a, b in zip(found[label][1:], found[peer][1:])], "x")
-    rates = {label: statistics.median(its[1:]) for label, its in found.items()}
-    print(f"  feed, of from_generator a row: {rates['feed'] / rates['from_generator, a row']:.0f} x")
+    rates = {label: its[1:] for label, its in found.items()}
+    show(case, "Mrows/s", rates, ours=FEED, limits=[MEMORY], more=True, head=False)
 
 
 SCRIPTS: dict[str, Callable[[], None]] = {"alone": alone, "mirrored": mirrored}
 
 
 def main() -> None:
-    if len(sys.argv) > 1:
+    if sys.argv[1:2] and sys.argv[1] in SCRIPTS:
         SCRIPTS[sys.argv[1]]()
         return
-    feeding()
-    steps()
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--runs", type=int, default=3, help="of the trainings")
+    parser.add_argument("--passes", type=int, default=9, help="over the batches")
+    options = parser.parse_args()
+    feeding(options.passes)
+    steps(options.runs)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,18 @@
 """Moving models: through our serializers, beside pickle and beside one copy of the same bytes.
 
-Run: python benchmarks/models_moving.py
+Keras models with the slots of Adam, and a booster, are serialized and deserialized in one process; the large one also
+goes from worker to worker over TCP. Models that are made are freed with the clock stopped.
+
+The large model is bound by memory: its bytes are copied into memory that the process has not touched before. The
+small one is bound by Keras, which builds its layers again from their configs; the booster by XGBoost, which reads its
+trees.
+
+Run: python benchmarks/models_moving.py [--repeats 9]
 """
 
 from __future__ import annotations
 
+import argparse
 import gc
 import os
 import pickle
@@ -22,7 +30,11 @@ import xgboost
 from distributed import Client, LocalCluster, wait
 from distributed.protocol import deserialize, serialize
 
-REPEATS = 9
+from results import show
+
+OURS = "dask_serializers"
+COPY, BARE = "memcpy of these bytes, to fresh memory", "Keras alone: rebuild and compile, no values"
+ALONE = "of it serialize"
 
 
 def network(width: int, depth: int) -> Any:
@@ -44,23 +56,17 @@ def large() -> Any:
     return network(1024, 19)
 
 
-def measure(function: Callable[[], Any], repeats: int = REPEATS) -> list[float]:
-    """Milliseconds of each call, after one that is not counted; what it returns is freed with the clock stopped."""
-    function()
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        kept = function()
-        times.append(1e3 * (time.perf_counter() - start))
-        del kept
-        gc.collect()  # models hold themselves in cycles: none is to pay for the one before
-    return times
-
-
-def report(label: str, times: list[float], beside: list[float] | None = None) -> None:
-    low, middle, high = statistics.quantiles(times, n=4)
-    ratio = f"{statistics.median(beside) / middle:8.1f}x" if beside else ""
-    print(f"{label:<58}{middle:9.1f}{low:9.1f}{high:9.1f}{ratio}", flush=True)
+def in_turns(ways: dict[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
+    """Milliseconds of each call, after a turn that is not counted; what it returns is freed with the clock stopped."""
+    times: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(repeats + 1):
+        for name, way in ways.items():
+            start = time.perf_counter()
+            kept = way()
+            times[name].append(1e3 * (time.perf_counter() - start))
+            del kept
+            gc.collect()  # models hold themselves in cycles: none is to pay for the one before
+    return {name: taken[1:] for name, taken in times.items()}
 
 
 def fresh_copy(source: np.ndarray) -> Callable[[], Any]:
@@ -76,16 +82,20 @@ def fresh_copy(source: np.ndarray) -> Callable[[], Any]:
     return copy
 
 
-def in_process(label: str, model: Any) -> None:
+def in_process(label: str, model: Any, repeats: int) -> None:
     size = state(model)
-    print(f"\n{label}: {size / 1e6:.1f} MB of weights and slots, {keras.backend.backend()}; serialize and deserialize")
-    by_pickle = measure(lambda: pickle.loads(pickle.dumps(model, protocol=5)))
-    report("  pickle, protocol 5 (Keras's own)", by_pickle)
-    report("  ours", measure(lambda: deserialize(*serialize(model))), by_pickle)
-    report("  ours, serialize alone", measure(lambda: serialize(model)))
-    report("  memcpy of these bytes, to fresh memory", measure(fresh_copy(np.ones(size, np.uint8))))
     config = keras.saving.serialize_keras_object(model)
-    report("  Keras alone: config, rebuild, compile, no values", measure(lambda: keras_alone(config)))
+    ways: dict[str, Callable[[], Any]] = {
+        OURS: lambda: deserialize(*serialize(model)),
+        "pickle, protocol 5 (Keras's own)": lambda: pickle.loads(pickle.dumps(model, protocol=5)),
+        COPY: fresh_copy(np.ones(size, np.uint8)),
+        BARE: lambda: keras_alone(config),
+        ALONE: lambda: serialize(model),
+    }
+    found = in_turns(ways, repeats)
+    notes = {OURS: {ALONE: f"{statistics.median(found.pop(ALONE)):.2f} ms"}}
+    case = f"{label}, {size / 1e6:.1f} MB with slots, {keras.backend.backend()}"
+    show(case, "ms", found, ours=OURS, limits=[COPY, BARE], notes=notes)
 
 
 def keras_alone(config: Any) -> Any:
@@ -95,26 +105,28 @@ def keras_alone(config: Any) -> Any:
     return keras.saving.deserialize_keras_object(deepcopy(config))
 
 
-def booster(rounds: int = 800) -> Any:
+def booster(rounds: int) -> Any:
     random = np.random.default_rng(0)
     matrix = xgboost.QuantileDMatrix(random.normal(size=(60_000, 20)), random.normal(size=60_000))
     return xgboost.train({"max_depth": 13, "eta": 0.05}, matrix, rounds)
 
 
-def boosters() -> None:
-    model = booster()
+def boosters(rounds: int, repeats: int) -> None:
+    model = booster(rounds)
     raw = model.save_raw("ubj")
-    print(f"\nBooster of {len(raw) / 1e6:.0f} MB; serialize and deserialize")
 
     def by_hand() -> Any:
         new = xgboost.Booster()
         new.load_model(bytearray(model.save_raw("ubj")))
         return new
 
-    peer = measure(by_hand, 5)
-    report("  save_raw('ubj'), a copy, load_model", peer)
-    report("  ours", measure(lambda: deserialize(*serialize(model)), 5), peer)
-    report("  pickle, protocol 5", measure(lambda: pickle.loads(pickle.dumps(model, protocol=5)), 5), peer)
+    ways: dict[str, Callable[[], Any]] = {
+        OURS: lambda: deserialize(*serialize(model)),
+        "save_raw('ubj'), a copy, load_model": by_hand,
+        "pickle, protocol 5": lambda: pickle.loads(pickle.dumps(model, protocol=5)),
+        COPY: fresh_copy(np.frombuffer(raw, np.uint8)),
+    }
+    show(f"booster, {len(raw) / 1e6:.0f} MB", "ms", in_turns(ways, repeats), ours=OURS, limits=[COPY])
 
 
 def peak(reset: bool) -> int:
@@ -130,8 +142,7 @@ def touched(model: Any) -> int:
     return int(model.count_params())
 
 
-def between_workers() -> None:
-    print("\nThe large model from worker to worker over TCP")
+def between_workers(repeats: int) -> None:
     with (
         LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=":0", memory_limit=0) as cluster,
         Client(cluster) as client,
@@ -141,7 +152,7 @@ def between_workers() -> None:
         model = client.submit(large, workers=[here])
         size = client.submit(state, model, workers=[here]).result()
         times, pickled, extra = [], [], {here: [], there: []}
-        for turn in range(REPEATS):
+        for turn in range(repeats + 1):
             before = client.run(peak, True)
             start = time.perf_counter()
             wait(client.submit(touched, model, workers=[there], pure=False))
@@ -154,12 +165,12 @@ def between_workers() -> None:
             sent = client.submit(pickle.dumps, model, 5, workers=[here], key=f"pickled-{turn}")
             wait(client.submit(lambda data: touched(pickle.loads(data)), sent, workers=[there], pure=False))
             pickled.append(1e3 * (time.perf_counter() - start))
-        report("  pickled bytes: dumps, transfer, loads", pickled[1:])
-        report("  ours", times[1:], pickled[1:])
-        for label, worker in (("sender", here), ("receiver", there)):
-            spread = sorted(extra[worker][1:])
-            print(f"  peak memory above what it held, {label}: {statistics.median(spread):.2f} of the state "
-                  f"({spread[0]:.2f} to {spread[-1]:.2f})")  # fmt: skip
+    spread = {
+        f"peak memory of the {role}, of the model": f"{statistics.median(extra[worker][1:]):.2f}"
+        for role, worker in (("sender", here), ("receiver", there))
+    }
+    found = {OURS: times[1:], "pickled bytes: dumps, transfer, loads": pickled[1:]}
+    show("large Keras model from worker to worker, TCP", "ms", found, ours=OURS, notes={OURS: spread})
 
 
 def forget(key: str, dask_worker: Any) -> None:
@@ -169,11 +180,14 @@ def forget(key: str, dask_worker: Any) -> None:
 
 
 def main() -> None:
-    print(f"{'milliseconds':<58}{'median':>9}{'q1':>9}{'q3':>9}{'faster':>9}")
-    in_process("Large model", large())
-    in_process("Small model", network(64, 2))
-    boosters()
-    between_workers()
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--rounds", type=int, default=800, help="of the booster")
+    options = parser.parse_args()
+    in_process("large Keras model", large(), options.repeats)
+    in_process("small Keras model", network(64, 2), options.repeats)
+    boosters(options.rounds, min(options.repeats, 5))
+    between_workers(options.repeats)
 
 
 if __name__ == "__main__":

@@ -1,14 +1,18 @@
 """What a report costs: trainings with one beside trainings without, in turn, on the same workers.
 
-While a training runs, it is the processor time of all workers and of the client. One per cent of that is less than what
-it differs by from one training to the next, so members also tell MORE times as often as they do, and the difference is
-divided by that. The page is written at the end, once, by the client.
+While a training runs, it is the processor time of all workers and of the client. One per cent of that is less than
+what it differs by from one training to the next, so members also tell MORE times as often as they do, and the
+difference is divided by that. The page is written at the end, once, by the client.
 
-Run: python benchmarks/report_cost.py
+It is bound by the messages of the members to the client: each tells what it did twice a second at most, and for not
+more than a set share of its time.
+
+Run: python benchmarks/report_cost.py [--pairs 5]
 """
 
 from __future__ import annotations
 
+import argparse
 import os
 import statistics
 import tempfile
@@ -21,13 +25,13 @@ import dask.array as da
 import psutil
 from distributed import Client, LocalCluster
 
-import dask_bridges
 import dask_xgboost
 from dask_bridges import tally, task
 from dask_bridges.reporting import Recorder
 from dask_bridges.testing import loopback
+from results import show
 
-ROWS, COLUMNS, PAIRS = 100_000, 30, 5
+ROWS, COLUMNS = 100_000, 30
 #: How much more often members tell, so that it can be measured.
 MORE = 50
 
@@ -71,12 +75,12 @@ def tell(times: float) -> None:
     task.WEIGH, task.WEIGH_SHARE = 0.5 / times, 1 / 200 / times
 
 
-def measure(train: Callable[..., None], client: Client, X: Any, y: Any, folder: Path) -> None:
+def measure(case: str, train: Callable[..., None], client: Client, X: Any, y: Any, folder: Path, pairs: int) -> None:
     """Trainings without a report, with one, and with one that is told much more, in turn."""
     used: dict[float, list[float]] = {0: [], 1: [], MORE: []}
     pages: list[float] = []
     train(client, X, y)
-    for _ in range(PAIRS):
+    for _ in range(pairs):
         for times in used:
             client.run(tell, times or 1)
             before = processor_time()
@@ -90,17 +94,19 @@ def measure(train: Callable[..., None], client: Client, X: Any, y: Any, folder: 
                 train(client, X, y)
                 used[times].append(processor_time() - before)
     without, with_one, with_more = (statistics.median(values) for values in used.values())
-    print(f"{train.__name__}: processor time of {PAIRS} trainings of each kind, medians (lowest to highest)")
-    for times, values in used.items():
-        print(f"  {f'report, told {times} times as often' if times else 'no report':<32}"
-              f"{statistics.median(values):7.2f} s ({min(values):.2f} to {max(values):.2f})")  # fmt: skip
-    print(f"  a report costs, measured directly: {100 * (with_one / without - 1):+.2f} %")
-    print(f"  a report costs, from that of {MORE}: {100 * (with_more / without - 1) / MORE:+.3f} %")
-    print(f"  the page, afterwards: {pages[0]:.2f} s the first time, median {statistics.median(pages):.2f} s")
+    ours, bare = "with a report", "without"
+    told = {
+        "costs": f"{100 * (with_one / without - 1):+.2f} %",
+        f"costs, from {MORE} times as much": f"{100 * (with_more / without - 1) / MORE:+.3f} %",
+        "page written in": f"{statistics.median(pages):.2f} s",
+    }
+    show(f"processor time of {case}", "s", {ours: used[1], bare: used[0]}, ours=ours, limits=[bare], notes={ours: told})
 
 
 def main() -> None:
-    print(f"dask-bridges {dask_bridges.__version__}, {ROWS} x {COLUMNS}, 2 workers of 1 thread")
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--pairs", type=int, default=5)
+    options = parser.parse_args()
     with (
         tempfile.TemporaryDirectory() as folder,
         LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=":0") as cluster,
@@ -110,8 +116,9 @@ def main() -> None:
         X = rng.random((ROWS, COLUMNS), chunks=(ROWS // 8, COLUMNS)).astype("float32")
         y = (X[:, 0] + X[:, 1] * X[:, 2] > 0.8).astype("float32")
         X, y = client.persist([X, y])
-        for train in (xgboost, small_rounds):
-            measure(train, client, X, y, Path(folder))
+        cases = {f"XGBoost, {ROWS:,} x {COLUMNS}, 80 rounds": xgboost, "200 rounds of a few milliseconds": small_rounds}
+        for case, train in cases.items():
+            measure(case, train, client, X, y, Path(folder), options.pairs)
 
 
 if __name__ == "__main__":

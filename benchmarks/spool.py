@@ -1,4 +1,10 @@
-"""Writing partitions to the spool, beside one copy of the same bytes in memory.
+"""Partitions written to the spool and read from it, beside one copy of the same bytes in memory.
+
+A bridge with child processes writes the partitions of a worker once, to files in shared memory, and the children map
+them. Here 256 MiB of float32 are written in partitions of 8 MiB, and read by one copy into a batch's memory.
+
+It is bound by memory: by copies into pages that the process has not touched before, which the kernel has to clear
+first, and by copies into pages that it has.
 
 Run: python benchmarks/spool.py
 """
@@ -6,7 +12,6 @@ Run: python benchmarks/spool.py
 from __future__ import annotations
 
 import mmap
-import statistics
 import tempfile
 import time
 from collections.abc import Callable
@@ -14,10 +19,12 @@ from collections.abc import Callable
 import numpy as np
 
 from dask_bridges.processes.spool import Spool, read_array
+from results import show
 
 REPEATS = 15
 PART, PARTS = 8 * 2**20, 32
 TOTAL = PART * PARTS
+READ, TURNED = "read_array, and a copy to touched memory", "Writer.array, of Fortran order"
 
 
 def partitions() -> list[np.ndarray]:
@@ -60,12 +67,6 @@ def seconds(function: Callable[[], object]) -> float:
     return passed
 
 
-def report(label: str, rates: list[float], beside: list[float]) -> None:
-    low, middle, high = statistics.quantiles(rates, n=4)
-    ratio = statistics.median(rate / other for rate, other in zip(rates, beside))
-    print(f"{label:<58}{middle:9.2f}{low:9.2f}{high:9.2f}{ratio:9.2f}", flush=True)
-
-
 def main() -> None:
     parts, touched = partitions(), partitions()
     turned = [np.asfortranarray(part) for part in parts]
@@ -75,8 +76,8 @@ def main() -> None:
             "memcpy to fresh memory": lambda: to_fresh_memory(parts),
             "memcpy to touched memory": lambda: to_touched_memory(parts, touched),
             "Writer.array": lambda: to_spool(parts, spool),
-            "read_array, and a copy to touched memory": lambda: from_spool(spool, touched),
-            "Writer.array, column by column in memory": lambda: to_spool(turned, spool),
+            READ: lambda: from_spool(spool, touched),
+            TURNED: lambda: to_spool(turned, spool),
         }
         for turn in range(REPEATS + 1):  # all ways in turn: the machine's moods are theirs alike
             for label, way in ways.items():
@@ -85,10 +86,14 @@ def main() -> None:
                 passed = seconds(way)
                 if turn:
                     rates.setdefault(label, []).append(TOTAL / 2**30 / passed)
-    print(f"{TOTAL / 2**20:.0f} MiB of float32 in partitions of {PART / 2**20:.0f} MiB, {REPEATS} repeats\n")
-    print(f"{'GiB/s':<58}{'median':>9}{'q1':>9}{'q3':>9}{'of fresh':>9}")
-    for label, measured in rates.items():
-        report(label, measured, rates["memcpy to fresh memory"])
+    pairs = [
+        ("partitions written", "Writer.array", "memcpy to fresh memory", True),
+        ("partitions written, column by column in memory", TURNED, "memcpy to fresh memory", False),
+        ("partitions read", READ, "memcpy to touched memory", True),
+    ]
+    for case, ours, limit, head in pairs:
+        both = {name: rates[name] for name in (ours, limit)}
+        show(case, "GiB/s", both, ours=ours, limits=[limit], more=True, head=head)
 
 
 if __name__ == "__main__":

@@ -1,17 +1,23 @@
 """A TensorFlow cluster in Dask workers: what starting, feeding and steps cost, beside the same servers started by hand.
 
-Run: python benchmarks/tf_cluster.py
+The servers by hand are processes of their own on fixed ports, and train with the same code on rows in their memory;
+ours belong to Dask workers and read rows that were fed from Dask arrays. Starting is from the call until all servers
+answer.
+
+A step is bound by the messages between chief, worker and parameter server; batches are bound by copies in memory.
+
+Run: python benchmarks/tf_cluster.py [--runs 3]
 """
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import os
-import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -21,26 +27,19 @@ from distributed import Client, LocalCluster
 
 import dask_tf
 from dask_bridges.events import Progress
+from results import show
 
 ROWS, COLUMNS, BATCH = 400_000, 128, 1024
 ROUNDS, PASSES, CLOSURE = 10, 9, 20
 STEPS, UNITS = 6000, 64
-
-
-def show(label: str, values: Sequence[float], unit: str) -> None:
-    low, middle, high = statistics.quantiles(values, n=4) if len(values) > 1 else [values[0]] * 3
-    print(f"{label:<62}{middle:10.2f}{low:10.2f}{high:10.2f}  {unit}")
-
-
-def head(title: str) -> None:
-    print(f"\n{title:<62}{'median':>10}{'q1':>10}{'q3':>10}")
+OURS, HAND = "start_tensorflow, feed", "servers started by hand"
+MEMORY = "from_tensor_slices in memory, in order"
 
 
 # Starting
 
 
 def starts(client: Client) -> None:
-    head("ps=1, worker=2 (and a chief), on 3 Dask workers")
     up, down = [], []
     client.restart()
     for _ in range(ROUNDS + 1):
@@ -50,9 +49,8 @@ def starts(client: Client) -> None:
         cluster.close()
         up.append(middle - start)
         down.append(time.perf_counter() - middle)
-    show("first start, TensorFlow is imported", up[:1], "s")
-    show("start", up[1:], "s")
-    show("stop", down, "s")
+    found = {"start": up[1:], "the first, TensorFlow is imported": up[:1], "stop": down}
+    show("ps=1, worker=2, and a chief, on 3 Dask workers", "s", found)
 
 
 async def lag(seconds: float, pause: float = 0.005) -> list[float]:
@@ -66,8 +64,6 @@ async def lag(seconds: float, pause: float = 0.005) -> list[float]:
 
 
 def lags(client: Client) -> None:
-    head("lag of a Dask worker's event loop, 99th percentile over 3 workers")
-
     def during(work: Callable[[], Any], seconds: float) -> list[float]:
         with ThreadPoolExecutor(1) as pool:
             found = pool.submit(client.run, lag, seconds)
@@ -80,8 +76,10 @@ def lags(client: Client) -> None:
             cluster.feed(X, X[:, 0])
             dask_tf.fit(cluster, new_model(), batch_size=32, steps_per_epoch=1500, progress=False)
 
-    show("idle", during(lambda: None, 3.0), "ms")
-    show("while TensorFlow is imported, and trains", during(start_and_train, 20.0), "ms")
+    idle, ours = "idle", "while TensorFlow is imported, and trains"
+    found = {ours: during(start_and_train, 20.0), idle: during(lambda: None, 3.0)}
+    case = "lag of a Dask worker's event loop, 99th percentile, 3 workers"
+    show(case, "ms", found, ours=ours, limits=[idle], turns=False, head=False)
 
 
 # Feeding
@@ -141,17 +139,18 @@ def feeding(client: Client) -> None:
     with dask_tf.start_tensorflow(client, ps=1, worker=1) as cluster:
         start = time.perf_counter()
         cluster.feed(X, y, to="worker:0")
-        print(f"\nfed {ROWS * (COLUMNS + 1) * 4 / 1e6:.0f} MB in {time.perf_counter() - start:.2f} s")
-        head(f"{COLUMNS} float32 columns, batches of {BATCH}")
+        size = ROWS * (COLUMNS + 1) * 4 / 1e6
+        show(f"{size:.0f} MB fed", "s", {"feed": [time.perf_counter() - start]}, head=False)
         for shuffle, how in ((False, "in order"), (True, "shuffled by row")):
             found = client.gather(cluster.run("worker:0", rates_in_role, cluster, shuffle))[0]
             local, ours = found[::2], found[1::2]
-            show("from_tensor_slices in memory, in order", local, "Mrows/s")
-            show(f"feed in a role function, {how}", ours, "Mrows/s")
-            show("  of from_tensor_slices", [a / b for a, b in zip(ours, local)], "x")
             there = client.gather(cluster.run("chief:0", rates_in_server, cluster, shuffle))[0]
-            show(f"feed in a parameter-server worker, {CLOSURE} a closure, {how}", there, "Mrows/s")
-            show("  of from_tensor_slices in a role function", [a / statistics.median(local) for a in there], "x")
+            ways = {"in a role function": ours, f"in a parameter-server worker, {CLOSURE} a closure": there}
+            for where, rates in ways.items():
+                case = f"batches of {BATCH} x {COLUMNS} float32, {how}, {where}"
+                both = {"feed": rates, MEMORY: local}
+                turns = rates is ours
+                show(case, "Mrows/s", both, ours="feed", limits=[MEMORY], more=True, turns=turns, head=False)
             cluster.restart("chief", 0)
 
 
@@ -246,16 +245,16 @@ def steps_on_dask(client: Client) -> float:
     return (later[-1][0] - later[0][0]) / (later[-1][1] - later[0][1])
 
 
-def steps(client: Client) -> None:
-    head("a small Keras model on 1 parameter server and 1 worker, batches of 32")
-    found = [(steps_by_hand(), steps_on_dask(client)) for _ in range(3)]
-    hand, ours = zip(*found)
-    show("servers started by hand, from_tensor_slices", hand, "steps/s")
-    show("start_tensorflow, feed", ours, "steps/s")
-    show("  of by hand", [a / b for b, a in found], "x")
+def steps(client: Client, runs: int) -> None:
+    hand, ours = zip(*[(steps_by_hand(), steps_on_dask(client)) for _ in range(runs)])
+    case = "a small Keras model on 1 parameter server and 1 worker, batches of 32"
+    show(case, "steps/s", {OURS: ours, HAND: hand}, ours=OURS, more=True)
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--runs", type=int, default=3, help="of the trainings")
+    options = parser.parse_args()
     with (
         LocalCluster(n_workers=3, threads_per_worker=1, dashboard_address=":0") as cluster,
         Client(cluster) as client,
@@ -263,7 +262,7 @@ def main() -> None:
         lags(client)
         starts(client)
         feeding(client)
-        steps(client)
+        steps(client, options.runs)
 
 
 if __name__ == "__main__":

@@ -20,11 +20,13 @@ from distributed import Client, wait
 from xgboost import dask as dxgb
 
 import dask_xgboost
+from results import missing
 
 PARAMS = {
     "objective": "binary:logistic", "eval_metric": "logloss", "max_depth": 6, "tree_method": "hist", "verbosity": 0,
 }  # fmt: skip
 OURS, QUANTILE, DMATRIX = "dask_xgboost", "xgboost.dask, DaskQuantileDMatrix", "xgboost.dask, DaskDMatrix"
+POST_FIT, ALONE = "dask-ml, ParallelPostFit", "one process"
 
 #: A training that gives the log-loss of its last round on the training set.
 Training = Callable[[], float]
@@ -46,7 +48,7 @@ class Rows:
     @property
     def alone(self) -> str:
         """What one process with all the threads is called."""
-        return f"one process, {self.threads} threads"
+        return f"{ALONE}, {self.threads} threads"
 
 
 # Data
@@ -158,7 +160,7 @@ def trainings(rows: Rows, *, cold: bool = True) -> dict[str, Training]:
     }
 
 
-def predictions(rows: Rows) -> dict[str, Callable[[], None]]:
+def predictions(rows: Rows, case: str) -> dict[str, Callable[[], None]]:
     booster = dask_xgboost.train(
         rows.client, rows.params, rows.features, rows.labels, num_boost_round=rows.rounds, progress=False
     )
@@ -167,11 +169,31 @@ def predictions(rows: Rows) -> dict[str, Callable[[], None]]:
     def done(collection: Any) -> None:
         wait(rows.client.persist(collection))
 
-    return {
+    ways = {
         OURS: lambda: done(dask_xgboost.predict(rows.client, booster, rows.features)),
         "xgboost.dask, inplace_predict": lambda: done(dxgb.inplace_predict(rows.client, booster, rows.features)),
-        rows.alone: lambda: booster.inplace_predict(rows.X),
     }
+    if (wrapped := post_fit(booster, rows, case)) is not None:
+        ways[POST_FIT] = lambda: done(wrapped.predict_proba(rows.features))
+    return {**ways, rows.alone: lambda: booster.inplace_predict(rows.X)}
+
+
+def post_fit(booster: Any, rows: Rows, case: str) -> Any:
+    """dask-ml's wrapper around an estimator of the booster; None where dask-ml is missing or does not run."""
+    estimator = xgb.XGBClassifier(n_jobs=1)  # a thread a worker, as the others have
+    estimator.load_model(bytearray(booster.save_raw()))
+    try:
+        from dask_ml.wrappers import ParallelPostFit
+
+        wrapped = ParallelPostFit(estimator=estimator)
+        wrapped.predict_proba(rows.features[:10]).compute()
+    except ImportError as error:
+        missing(case, POST_FIT, error)
+    except Exception as error:  # whatever has changed under it
+        missing(case, POST_FIT, f"it does not run with Dask {dask.__version__}: {type(error).__name__}: {error}")
+    else:
+        return wrapped
+    return None
 
 
 def validations(rows: Rows, nfold: int) -> dict[str, Training]:

@@ -1,8 +1,12 @@
 """Training and prediction with XGBoost: dask_xgboost beside xgboost.dask and beside one process.
 
-All get the same rows, the same parameters and as many threads in all, and take
-turns, so that what slows the machine down slows all of them. CPU seconds are
-those of the workers and of this process together.
+All get the same rows, the same parameters and as many threads in all, and take turns, so that what slows the machine
+down slows all of them. CPU seconds are those of the workers and of this process together. *Cold*, nothing is on the
+workers but the rows; *repeated*, what the training before has left: ours finds the binned matrix again, the others
+are given their matrix ready. *Tiny* is what a training costs by itself.
+
+Training is bound by XGBoost: binning the rows once, and a histogram over all rows for each level of each tree, from
+memory; one process with all the threads does this without any network. Prediction is bound by walking the trees.
 
 Run: python benchmarks/xgboost_train.py [--only cold,tiny,...] [--rows 1000000] [--repeats 5]
 """
@@ -24,7 +28,9 @@ from dask.utils import format_bytes
 from distributed import Client, LocalCluster
 from xgboost import dask as dxgb
 
+from results import show
 from xgboost_peers import (
+    ALONE,
     DMATRIX,
     OURS,
     QUANTILE,
@@ -74,7 +80,7 @@ def cpu(client: Client) -> float:
 
 
 def compare(title: str, client: Client, run: dict[str, Callable[[], Any]], repeats: int) -> None:
-    """Time the contenders in turn; print medians, quartiles, and the ratio to the first, run by run."""
+    """Time the contenders in turn, and show also processor time and log-loss."""
     times: dict[str, list[float]] = {name: [] for name in run}
     spent: dict[str, list[float]] = {name: [] for name in run}
     losses = {}
@@ -85,14 +91,12 @@ def compare(title: str, client: Client, run: dict[str, Callable[[], Any]], repea
             times[name].append(time.perf_counter() - start)
             spent[name].append(cpu(client) - before)
             gc.collect()
-    print(f"\n{title:<50}{'median s':>10}{'q1':>8}{'q3':>8}{'of ours':>9}{'cpu s':>8}{'log-loss':>10}", flush=True)
-    first = next(iter(times.values()))[1:]
-    for name, (_, *taken) in times.items():
-        low, middle, high = statistics.quantiles(taken, n=4)
-        ratio = statistics.median(b / a for a, b in zip(first, taken))
-        loss = f"{losses[name]:10.5f}" if isinstance(losses[name], float) else ""
-        cost = statistics.median(spent[name][1:])
-        print(f"  {name:<48}{middle:>10.3f}{low:>8.3f}{high:>8.3f}{ratio:>9.2f}{cost:>8.2f}{loss}", flush=True)
+    notes = {name: {"CPU s": f"{statistics.median(taken[1:]):.2f}"} for name, taken in spent.items()}
+    for name, loss in losses.items():
+        if isinstance(loss, float):
+            notes[name]["log-loss"] = f"{loss:.5f}"
+    found = {name: taken[1:] for name, taken in times.items()}
+    show(title, "s", found, ours=OURS, limits=[name for name in found if ALONE in name], notes=notes)
 
 
 def peak_begins() -> int:
@@ -149,7 +153,7 @@ def tiny(options: Any) -> None:
 @section
 def memory(options: Any) -> None:
     """Peak of the workers above what they have once the rows are there; new workers for each."""
-    print(f"\n{'peak of the workers above the raw data':<50}{'raw':>12}{'peak':>12}{'of raw':>9}")
+    found, notes = {}, {}
     contenders: dict[str, Callable[[Rows], Callable[[], float]]] = {
         OURS: ours,
         QUANTILE: lambda rows: theirs(rows, dxgb.DaskQuantileDMatrix),
@@ -163,7 +167,9 @@ def memory(options: Any) -> None:
             contender(replace(rows, rounds=options.rounds))()
             above = sum(client.run(peak).values()) - sum(before.values())
             raw = rows.features.nbytes
-            print(f"  {name:<48}{format_bytes(raw):>12}{format_bytes(above):>12}{above / raw:>9.2f}", flush=True)
+            found[name] = [above / 2**20]
+            notes[name] = {"of the raw data": f"{above / raw:.2f}"}
+    show(f"peak of the workers above the raw data, {format_bytes(raw)}", "MiB", found, ours=OURS, notes=notes)
 
 
 @section
@@ -171,7 +177,8 @@ def predict(options: Any) -> None:
     """Predictions, left on the workers."""
     with cluster() as client:
         rows = rows_of(client, options)
-        compare(f"predict {shape(rows)}, {rows.rounds} trees", client, predictions(rows), 3 * options.repeats)
+        title = f"predict {shape(rows)}, {rows.rounds} trees"
+        compare(title, client, predictions(rows, title), 3 * options.repeats)
 
 
 @section
@@ -195,7 +202,7 @@ def categorical(options: Any) -> None:
     """Flights, with carriers and airports."""
     with cluster() as client:
         rows = replace(flights(client, options.copies), rounds=options.rounds)
-        title = f"categorical, {len(rows.X)} x {rows.X.shape[1]}, {rows.rounds} rounds"
+        title = f"categorical, {len(rows.X):,} x {rows.X.shape[1]}, {rows.rounds} rounds"
         compare(title, client, trainings(rows), options.repeats)
 
 
@@ -219,7 +226,7 @@ def cv(options: Any) -> None:
 
 
 def shape(rows: Rows) -> str:
-    return " x ".join(map(str, rows.features.shape))
+    return " x ".join(f"{size:,}" for size in rows.features.shape)
 
 
 def main() -> None:

@@ -317,11 +317,14 @@ def test_the_benchmarks_of_a_checkout_are_run_from_anywhere_in_it(
 ) -> None:
     (tmp_path / "benchmarks").mkdir()
     (tmp_path / "pyproject.toml").write_text('[project]\nname = "dask-bridges"\n')
-    (tmp_path / "Makefile").write_text("bench:\n\techo measured > result\n\tfalse\n")
+    (tmp_path / "Makefile").write_text("bench:\n\techo measured $(ONLY) > result\n\tfalse\n")
     monkeypatch.chdir(tmp_path / "benchmarks")
     result = CliRunner().invoke(cli.bridges, ["bench"])
     assert result.exit_code == 2  # make's own, for a target that fails
     assert (tmp_path / "result").read_text() == "measured\n"
+    assert CliRunner().invoke(cli.bridges, ["bench", "glm", "spool"]).exit_code == 2
+    assert (tmp_path / "result").read_text() == "measured glm spool\n"
+    assert "without .py" in CliRunner().invoke(cli.bridges, ["bench", "glm.py"]).output
 
 
 def test_without_a_checkout_it_says_where_the_benchmarks_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

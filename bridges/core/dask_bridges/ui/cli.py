@@ -174,13 +174,21 @@ def report(file: Path) -> None:
         raise click.ClickException(str(error)) from None
 
 
-@bridges.command()
-def bench() -> None:
-    """Run the benchmarks of a checkout, each beside its peer.
+@bridges.command(epilog="One of them again, for its section of the page: dask bridges bench spool")
+@click.argument("names", nargs=-1, metavar="[NAME]...")
+def bench(names: tuple[str, ...]) -> None:
+    """Run the benchmarks of a checkout, each beside its peer, as `make bench` does.
+
+    What they measure is written to docs/benchmarks.md and pictures beside it,
+    with date and machine; it takes less than 20 minutes on two cores. With
+    names, scripts of the folder benchmarks/, it runs these alone. The exit
+    status is not 0 where one fails.
 
     They are no part of an installed package: install a clone of the repository
     with `pip install -e .`, or call this in one.
     """
+    if wrong := [name for name in names if not name.isidentifier()]:
+        raise click.UsageError(f"{wrong[0]}: a benchmark is named as its script in benchmarks/, without .py")
     folders = (Path.cwd(), *Path.cwd().parents, *Path(__file__).resolve().parents)
     checkout = next((folder for folder in folders if (folder / "benchmarks").is_dir() and _is_ours(folder)), None)
     if checkout is None:
@@ -190,7 +198,8 @@ def bench() -> None:
         )
     if not shutil.which("make"):
         raise click.ClickException(f"`make` is missing: install it, or see {checkout / 'Makefile'} for what it runs")
-    raise SystemExit(subprocess.run(["make", "bench"], cwd=checkout).returncode)
+    command = ["make", "bench", *([f"ONLY={' '.join(names)}"] if names else [])]
+    raise SystemExit(subprocess.run(command, cwd=checkout).returncode)
 
 
 def _is_ours(folder: Path) -> bool:
