@@ -53,7 +53,7 @@ class Section:
 def text(script: Path) -> str:
     """A script's docstring, but for how it is run."""
     paragraphs = (ast.get_docstring(ast.parse(script.read_text())) or "").split("\n\n")
-    return "\n\n".join(" ".join(p.split()) for p in paragraphs if not p.startswith("Run: "))
+    return "\n\n".join(paragraph for paragraph in paragraphs if not paragraph.startswith("Run: "))
 
 
 def write(sections: Sequence[Section], page: Path) -> None:

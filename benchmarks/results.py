@@ -142,8 +142,9 @@ def _print(rows: Sequence[Row]) -> None:
     others = list(dict.fromkeys(heading for row in rows for heading in row.notes))
     white = any(row.white is not None for row in rows)
     headings = ["median", "q1", "q3", *([BETTER] if any(row.ratio for row in rows) else []), *others]
+    headings += ["white"] if white else []
     print(f"\n{rows[0].case} ({rows[0].unit})")
-    print(f"{'':<52}" + "".join(f"{heading:>13}" for heading in [*headings, *(["white"] if white else [])]))
+    print(f"{'':<52}" + "".join(f"  {heading:>11}" for heading in headings))
     for row in rows:
         cells = [number(row.median), number(row.low), number(row.high)]
         if BETTER in headings:
@@ -151,7 +152,10 @@ def _print(rows: Sequence[Row]) -> None:
         cells += [row.notes.get(heading, "") for heading in others]
         if white:
             cells.append("" if row.white is None else f"{row.white:.0%}")
-        print(f"  {row.name:<50}" + "".join(f"{cell:>13}" for cell in cells), flush=True)
+        print(
+            f"  {row.name:<50}" + "".join(f"  {cell:>{max(11, len(h))}}" for cell, h in zip(cells, headings)),
+            flush=True,
+        )
 
 
 def _keep(*lines: Row | Missing) -> None:
