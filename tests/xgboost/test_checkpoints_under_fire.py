@@ -218,7 +218,7 @@ class Killer(threading.Thread):
         return True
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1500)
 @pytest.mark.parametrize("where", ["folder", "memory"])
 def test_a_training_under_kills_ends_with_the_right_model(doomed: Client, tmp_path: Path, where: str) -> None:
     rounds = 300

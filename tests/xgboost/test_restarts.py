@@ -221,7 +221,7 @@ def test_it_goes_on_when_a_worker_is(client: Client, how: str) -> None:
     worker, hold = runs.X.parts.holding()[1], Hold.new(client)
     pid = client.run(os.getpid)[worker]
     with (
-        dask.config.set({"dask-bridges.worker-return-timeout": "2s" if how == "retired" else "60s"}),
+        dask.config.set({"dask-bridges.worker-return-timeout": "2s" if how == "retired" else "300s"}),
         ThreadPoolExecutor(1) as pool,
         hold.released_at_last(client),
     ):
