@@ -1,11 +1,14 @@
 """Rows that all XGBoost tests share: whole numbers of few values, so that any machine finds the same cuts."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
+from distributed import Client
+from tests.xgboost.losses import doomed_client
 
 ROWS, COLUMNS, GROUP = 420, 5, 14
 
@@ -53,3 +56,10 @@ def rows() -> Rows:
         "rank:ndcg": thirds,
     }
     return Rows(X, labels, rng.uniform(0.5, 2, ROWS).astype("float32"), np.repeat(np.arange(ROWS // GROUP), GROUP))
+
+
+@pytest.fixture
+def doomed(request: pytest.FixtureRequest) -> Iterator[Client]:
+    """A client of a cluster of its own, of as many workers as the module's `WORKERS` says: some are killed."""
+    with doomed_client(getattr(request.module, "WORKERS", 3)) as client:
+        yield client

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import dask.array as da
@@ -16,11 +18,12 @@ import xgboost as xgb
 from distributed import Client
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sklearn.model_selection import StratifiedKFold, TimeSeriesSplit
+from sklearn.model_selection import KFold, StratifiedKFold, TimeSeriesSplit
 from xgboost import collective
 
 import dask_xgboost
 from dask_bridges import DataError
+from dask_xgboost.dealing import Asked
 from dask_xgboost.folds import Block, Folds, masks
 
 ROWS, ROUNDS = 600, 6
@@ -194,6 +197,97 @@ def test_splitters_of_scikit_learn_make_the_folds(bridges_client: Client) -> Non
         assert_same(ours, xgb.cv(params, xgb.DMatrix(X, y), folds=pairs))
 
 
+# Query groups
+
+
+def queries() -> tuple[Any, Any, Any, Any]:
+    """Relevant or not, in groups of very different sizes; of some groups nothing is relevant. A weight a group."""
+    rng = np.random.default_rng(8)
+    qid = np.sort(np.minimum(rng.geometric(0.08, ROWS), 40)) * 101
+    X = rng.integers(0, 6, (ROWS, 4)).astype("float32")
+    relevant = (X[:, 0] + rng.normal(0, 2, ROWS) > 3) & (qid % 5 != 0)
+    return X, relevant.astype("float32"), qid, rng.uniform(0.3, 3, 41).astype("float32")[qid // 101]
+
+
+def ranked(params: Any, pairs: Any, rounds: int, *, weighted: bool = False) -> pd.DataFrame:
+    """The oracle: XGBoost trains and evaluates on the rows of each fold alone."""
+    X, y, qid, weight = queries()
+
+    def rows_of(groups: Any) -> Any:
+        rows = np.isin(qid, groups)
+        _, first = np.unique(qid[rows], return_index=True)
+        return xgb.DMatrix(X[rows], y[rows], qid=qid[rows], weight=weight[rows][first] if weighted else None)
+
+    found: dict[str, list[Any]] = {}
+    for train, test in pairs:
+        sides, history = {"train": rows_of(train), "test": rows_of(test)}, {}
+        evals = [(matrix, name) for name, matrix in sides.items()]
+        xgb.train(params, sides["train"], rounds, evals=evals, evals_result=history, verbose_eval=False)
+        for name, log in history.items():
+            for metric, each in log.items():
+                found.setdefault(f"{name}-{metric}", []).append(each)
+    return pd.DataFrame({
+        f"{name}-{what}": take(values, axis=0)
+        for name, values in found.items()
+        for what, take in (("mean", np.mean), ("std", np.std))
+    })  # fmt: skip
+
+
+RANKINGS: list[Any] = [
+    pytest.param("rank:ndcg", False, id="ndcg"),
+    pytest.param("rank:ndcg", True, id="ndcg, weighted", marks=pytest.mark.slow),
+    pytest.param("rank:map", True, id="map, weighted", marks=pytest.mark.slow),
+    pytest.param("rank:pairwise", False, id="pairwise", marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.cluster
+@pytest.mark.parametrize(("objective", "weighted"), RANKINGS)
+def test_whole_query_groups_are_left_out_and_the_metrics_are_those_of_one_machine(
+    bridges_client: Client, objective: str, weighted: bool
+) -> None:
+    """Partitions cut groups. Of weighted ones XGBoost scales the weights worker by worker: one worker."""
+    X, y, qid, weight = queries()
+    metrics = ["ndcg", "ndcg@3", "ndcg@3-", "map@5", "pre@2"]
+    params = {"objective": objective, "max_depth": 3, "eta": 0.5, "eval_metric": metrics}
+    ids = np.unique(qid)
+    pairs = [(ids[np.arange(len(ids)) % 3 != fold], ids[np.arange(len(ids)) % 3 == fold]) for fold in range(3)]
+    dX, dy, dqid, dweight = collections(X, y, qid, weight)
+    ours = dask_xgboost.cv(
+        bridges_client, params, dX, dy, qid=dqid, weight=dweight if weighted else None, folds=pairs,
+        num_boost_round=ROUNDS, progress=False, n_workers=1 if weighted else None,
+    )  # fmt: skip
+    assert_same(ours, ranked(params, pairs, ROUNDS, weighted=weighted))
+
+
+def of_groups(predictions: Any, matrix: Any) -> Any:
+    """How many groups there are, and rows."""
+    return [("groups", (len(matrix.get_group()), 1)), ("rows", (len(predictions), 1))]
+
+
+@pytest.mark.cluster
+def test_query_groups_are_dealt_out_and_functions_see_those_of_a_fold_alone(bridges_client: Client) -> None:
+    X, y, qid, _ = queries()
+    options: dict[str, Any] = {"num_boost_round": 2, "progress": False, "as_pandas": False}
+    dX, dy, dqid = collections(X, y, qid)
+    matrix = dask_xgboost.DMatrix(bridges_client, dX, dy, qid=dqid)
+    before = dask_xgboost.train(bridges_client, {"objective": "rank:ndcg"}, matrix, progress=False).save_raw()
+    groups, workers = len(np.unique(qid)), len(bridges_client.scheduler_info(n_workers=-1)["workers"])
+    found = dask_xgboost.cv(
+        bridges_client, {"objective": "rank:ndcg"}, matrix, nfold=4, custom_metric=of_groups, **options
+    )
+    for what, total in (("groups", groups), ("rows", ROWS)):
+        mean = found[f"test-{what}-mean"][0] * workers
+        assert mean == pytest.approx(total / 4)
+        assert found[f"train-{what}-mean"][0] * workers == pytest.approx(total * 3 / 4)
+    assert found["test-groups-std"][0] * workers <= 1
+    split = dask_xgboost.cv(bridges_client, {"objective": "rank:ndcg"}, matrix, folds=KFold(4), **options)
+    ids = np.unique(qid)
+    named = [(ids[train], ids[test]) for train, test in KFold(4).split(ids)]
+    assert dask_xgboost.cv(bridges_client, {"objective": "rank:ndcg"}, matrix, folds=named, **options) == split
+    assert dask_xgboost.train(bridges_client, {"objective": "rank:ndcg"}, matrix, progress=False).save_raw() == before
+
+
 class Round(xgb.callback.TrainingCallback):
     """Kills the worker of rank 1 once; ends the training after round 3."""
 
@@ -249,8 +343,26 @@ def test_what_cannot_be_cross_validated_is_refused(bridges_client: Client) -> No
         dask_xgboost.cv(bridges_client, [{"max_bin": 8}, {}], dX, dy)
     with pytest.raises(ValueError, match="empty sequence"):
         dask_xgboost.cv(bridges_client, [], dX, dy)
-    groups = dask_xgboost.DMatrix(
-        bridges_client, dX, dy > 0, qid=da.from_array(np.repeat(np.arange(60), 10), chunks=100)
-    )
-    with pytest.raises(DataError, match="query groups"):
-        dask_xgboost.cv(bridges_client, {"objective": "rank:ndcg"}, groups)
+
+
+RANKED = {"objective": "rank:ndcg"}
+
+
+@pytest.mark.parametrize(
+    ("params", "options", "message"),
+    [
+        ({}, {}, "with the objectives rank:ndcg, .* not with None"),
+        (RANKED | {"eval_metric": ["map", "auc"]}, {}, "cannot leave any out of auc: use ndcg"),
+        (RANKED, {"stratified": True}, "which stay whole"),
+        (RANKED, {"number": 61}, "nfold=61: give a whole number from 2 to the 60 query groups"),
+        (RANKED, {"given": [([0], [60])]}, r"ids of query groups that X has not, or none: \[60\]"),
+        (RANKED, {"given": [([0], [])]}, "or none"),
+        (RANKED, {"given": []}, "folds is empty"),
+    ],
+)
+def test_what_cannot_be_cross_validated_by_groups_is_refused(params: Any, options: Any, message: str) -> None:
+    ids = [SimpleNamespace(groups=np.arange(40)), SimpleNamespace(groups=np.arange(40, 60))]
+    matrix: Any = SimpleNamespace(rows=600, infos=ids, has=lambda field: field == "qid")
+    asked = {"number": 3, "stratified": False, "given": None, "shuffle": True, "seed": 0} | options
+    with pytest.raises(DataError, match=message):
+        asyncio.run(Asked([params], **asked).settle(None, matrix))  # type: ignore[arg-type]

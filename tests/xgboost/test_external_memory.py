@@ -6,10 +6,10 @@ import contextlib
 import gc
 import logging
 import os
-import signal
 import stat
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +19,17 @@ import numpy as np
 import pytest
 import xgboost as xgb
 from distributed import Client, LocalCluster, get_worker
+from tests.xgboost.losses import DiesOnce
 from xgboost import collective
 
 import dask_xgboost
 from dask_bridges import DataError, MemberFailed
-from dask_bridges.testing import wait_until_free
 from dask_bridges.testing.faults import Hold, TroubleError
 
 pytestmark = pytest.mark.cluster
 
 PARAMS = {"objective": "binary:logistic", "max_depth": 3, "eta": 0.5, "eval_metric": "logloss"}
-ROWS = 900
+ROWS, WORKERS = 900, 2
 
 
 def arrays(seed: int = 1, rows: int = ROWS) -> tuple[Any, Any]:
@@ -240,29 +240,14 @@ def test_a_matrix_says_itself_where_it_is(client: Client) -> None:
 # With losses
 
 
-@pytest.fixture
-def doomed() -> Iterator[Client]:
-    deadlines = {"stop-timeout": "5s", "start-timeout": "60s", "timeout": "60s", "worker-return-timeout": "60s"}
-    with (
-        dask.config.set({f"dask-bridges.{name}": value for name, value in deadlines.items()}),
-        LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=":0") as cluster,
-        Client(cluster, set_as_default=False) as client,
-    ):
-        yield client
-        wait_until_free(client, timeout=10)
+@dataclass(frozen=True)
+class NotesFolders:
+    """The folders of matrices that there are, a line each."""
 
+    place: Path | None
 
-class DiesOnce(xgb.callback.TrainingCallback):
-    """Kills the worker of rank 1 in round 3, once; writes down the folders that were there."""
-
-    def __init__(self, mark: Path, place: Path | None) -> None:
-        self.mark, self.place = mark, place
-
-    def after_iteration(self, model: Any, epoch: int, evals_log: Any) -> bool:
-        if collective.get_rank() == 1 and epoch == 3 and not self.mark.exists():
-            self.mark.write_text("\n".join(map(str, caches(self.place or Path(get_worker().local_directory)))))
-            os.kill(os.getpid(), signal.SIGKILL)
-        return False
+    def __call__(self) -> str:
+        return "\n".join(map(str, caches(self.place or Path(get_worker().local_directory))))
 
 
 @pytest.mark.slow
@@ -279,7 +264,7 @@ def test_it_goes_on_after_a_loss_and_leaves_nothing_of_the_dead(
     matrix = dask_xgboost.DMatrix(doomed, X, y, external_memory=disk)
     first = train(doomed, matrix, evals=[(matrix, "train")], **options)
     mark = tmp_path / "died"
-    dies = DiesOnce(mark, place if given else None)
+    dies = DiesOnce(mark, round_=3, note=NotesFolders(place if given else None))
     assert train(doomed, matrix, evals=[(matrix, "train")], callbacks=[dies], **options) == first
     there = {Path(line) for line in mark.read_text().splitlines()}
     assert len(there) == (2 if given else 1)

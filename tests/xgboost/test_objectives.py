@@ -161,19 +161,29 @@ def test_trees_are_pruned_as_on_one_machine(bridges_client: Client, rows: Any) -
     assert booster.get_dump() == oracle.get_dump() != first.get_dump()
 
 
-def test_what_upstream_breaks_on_several_ranks_is_still_broken() -> None:
-    """Once this fails, `process_type="update"` need no longer be refused on several workers."""
+def updated_on_two_ranks(params: Any, kind: Any) -> list[Any]:
+    """The first lines of trees that were updated on ranks of 100 and of 300 rows; or what was raised, by rank."""
     X = np.random.default_rng(0).integers(0, 30, (400, 3)).astype("float32")
     first = xgb.train({"max_depth": 3}, xgb.QuantileDMatrix(X, X[:, 0]), 2).save_raw()
-    params = {"process_type": "update", "updater": "prune", "gamma": 5.0}
     tracker = RabitTracker(n_workers=2, host_ip="127.0.0.1", sortby="task")
     tracker.start()
 
-    def prune(rank: int) -> None:
-        with collective.CommunicatorContext(**tracker.worker_args(), dmlc_task_id=str(rank)):
-            matrix = xgb.QuantileDMatrix(X[rank::2], X[rank::2, 0])
-            xgb.train(params, matrix, 2, xgb_model=bytearray(first))
+    def update(rows: slice) -> list[str]:
+        with collective.CommunicatorContext(**tracker.worker_args(), dmlc_task_id=str(rows.start)):
+            matrix = kind(X[rows], X[rows, 0], nthread=1)
+            booster = xgb.train({"process_type": "update", **params}, matrix, 2, xgb_model=bytearray(first))
+            return [tree.splitlines()[0] for tree in booster.get_dump(with_stats=True)]
 
     with ThreadPoolExecutor() as pool:
-        errors = [future.exception(30) for future in [pool.submit(prune, rank) for rank in range(2)]]
-    assert any("Invalid cast, from Null" in str(error) for error in errors)
+        ranks = [pool.submit(update, rows) for rows in (slice(100), slice(100, 400))]
+        return [rank.exception(30) or rank.result() for rank in ranks]
+
+
+def test_what_upstream_breaks_on_several_ranks_is_still_broken() -> None:
+    """Once this fails, `process_type="update"` need no longer be refused on several workers."""
+    pruned = updated_on_two_ranks({"updater": "prune", "gamma": 5.0}, xgb.QuantileDMatrix)
+    assert any("Invalid cast, from Null" in str(error) for error in pruned)
+    refreshed = updated_on_two_ranks({"updater": "refresh"}, xgb.DMatrix)
+    assert all(line.endswith("cover=300") for rank in refreshed for line in rank)  # the largest rank's, not 400
+    with pytest.raises(xgb.core.XGBoostError, match="Not implemented for `QuantileDMatrix`"):
+        raise updated_on_two_ranks({"updater": "refresh"}, xgb.QuantileDMatrix)[0]

@@ -1,5 +1,6 @@
 """Cut points at the quantiles of all rows: exact where they can be, near where not, and the same wherever rows lie."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import dask.array as da
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 
 import dask_xgboost
 from dask_xgboost import cuts
+from dask_xgboost.datasets import Datasets
 from dask_xgboost.quantiles import compress, quantiles, summarise
 
 MAX_BIN = 64
@@ -145,6 +147,23 @@ def test_xgboost_takes_the_edges_as_they_are() -> None:
     for number in range(X.shape[1]):
         between = values[pointers[number] : pointers[number + 1]][1:-1]
         np.testing.assert_array_equal(between, edges.get(number, np.empty(0, "float32"))[1:])
+
+
+@pytest.mark.parametrize(
+    ("given", "rows", "gpus", "wanted"),
+    [
+        ("auto", 99_999, False, False),
+        ("auto", 100_000, False, True),
+        ("auto", 100_000, True, False),
+        ("quantiles", 10, True, True),
+        ("sketch", 100_000, False, False),
+    ],
+)
+def test_few_rows_are_cut_by_xgboosts_sketch_unless_told_otherwise(
+    given: str, rows: int, gpus: bool, wanted: bool
+) -> None:
+    matrix: Any = SimpleNamespace(rows=rows)
+    assert Datasets(matrix, [], 256, given, gpus).by_quantiles() is wanted
 
 
 # On a cluster

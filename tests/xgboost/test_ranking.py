@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +16,7 @@ import xgboost as xgb
 from distributed import Client
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from xgboost import collective
+from tests.xgboost.losses import DiesOnce
 
 import dask_xgboost
 from dask_xgboost import grouping
@@ -188,24 +186,11 @@ def test_metrics_of_weighted_groups_are_those_of_one_process(bridges_client: Cli
     assert_same(ours, alone(frame, params, weight=frame.groupby("qid").weight.first()), frame)
 
 
-class Dies(xgb.callback.TrainingCallback):
-    """Kills the worker of rank 1 after the second round, once."""
-
-    def __init__(self, folder: Path) -> None:
-        self.mark = folder / "died"
-
-    def after_iteration(self, model: Any, epoch: int, evals_log: Any) -> bool:
-        if (collective.get_rank(), epoch) == (1, 2) and not self.mark.exists():
-            self.mark.touch()
-            os.kill(os.getpid(), signal.SIGKILL)
-        return False
-
-
 @pytest.mark.slow
-def test_groups_come_together_again_after_a_loss(bridges_doomed_client: Client, tmp_path: Path) -> None:
+def test_groups_come_together_again_after_a_loss(doomed: Client, tmp_path: Path) -> None:
     frame, params = queries(), params_of()
     df = in_partitions(*cut(frame, range(60, 420, 60)))
-    ours = train(bridges_doomed_client, df, params, callbacks=[Dies(tmp_path)], checkpoint_every=2)
+    ours = train(doomed, df, params, callbacks=[DiesOnce(tmp_path / "died")], checkpoint_every=2)
     assert (tmp_path / "died").exists()
     assert_same(ours, alone(frame, params), frame)
 

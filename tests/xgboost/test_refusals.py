@@ -45,7 +45,7 @@ def train(client: Client, params: Any = None, **keywords: Any) -> xgb.Booster:
         ({"objective": "survival:cox"}, r"objective='survival:cox' .* use survival:aft"),
         ({"updater": "grow_colmaker,prune"}, r"updater='grow_colmaker' .* leave updater out"),
         ([("booster", "gblinear"), ("eta", 1)], r"booster='gblinear'"),
-        ({"process_type": "update", "updater": "refresh"}, r"updater='refresh' .* use xgboost.train on one machine"),
+        ({"process_type": "update", "updater": "refresh"}, r"updater='refresh' .* Use xgboost.train on one machine"),
         ({"process_type": "update", "updater": "prune"}, r"process_type='update' on 3 workers: .* Use n_workers=1"),
     ],
 )

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
-import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -17,12 +16,14 @@ import numpy as np
 import pandas as pd
 import pytest
 import xgboost as xgb
-from distributed import Client, LocalCluster, Worker, get_worker
+from distributed import Client, Scheduler, Worker
+from tests.xgboost.losses import DiesOnce
 from xgboost import collective
 
 import dask_xgboost
-from dask_bridges.testing import wait_until_free
+from dask_bridges import PlacementError
 from dask_bridges.testing.faults import Hold
+from dask_xgboost.supervising import FETCHES, Supervised
 
 pytestmark = pytest.mark.cluster
 
@@ -236,32 +237,37 @@ def test_nothing_is_kept_where_it_is_not_wanted(client: Client, tmp_path: Path) 
     assert not any(kept(client).values())
 
 
+async def take_away(keys: Sequence[Any], worker: str, to: str, dask_scheduler: Scheduler) -> None:
+    """What `Client.rebalance` does."""
+    await dask_scheduler.gather_on_worker(to, {key: [worker] for key in keys})
+    await dask_scheduler.delete_worker_data(worker, list(keys), "test")
+
+
+@pytest.mark.parametrize("more", [0, 1])
+def test_partitions_that_are_taken_away_are_brought_back_but_not_for_ever(
+    client: Client, monkeypatch: pytest.MonkeyPatch, more: int
+) -> None:
+    matrix = dask_xgboost.DMatrix(client, *arrays())
+    first = train(client, matrix, None)
+    attempt, left = Supervised._attempt, list(range(FETCHES + more))
+
+    async def attempt_without(training: Supervised, *arguments: Any) -> Any:
+        if left:
+            left.pop()
+            here, there, *_ = training._seating.ranks
+            matrix.residents.forget(there)
+            await client.run_on_scheduler(take_away, matrix.parts.keys_on(there), there, here)
+        return await attempt(training, *arguments)
+
+    monkeypatch.setattr(Supervised, "_attempt", attempt_without)
+    if more:
+        with pytest.raises(PlacementError, match=r"were taken from \['tcp://\S+'\] before .* again and again"):
+            train(client, matrix, None)
+    assert same(train(client, matrix, None), first)
+    assert not left
+
+
 # With losses
-
-
-@pytest.fixture
-def doomed() -> Iterator[Client]:
-    deadlines = {"stop-timeout": "5s", "start-timeout": "60s", "timeout": "60s", "worker-return-timeout": "60s"}
-    with (
-        dask.config.set({f"dask-bridges.{name}": value for name, value in deadlines.items()}),
-        LocalCluster(n_workers=3, threads_per_worker=1, dashboard_address=":0") as cluster,
-        Client(cluster, set_as_default=False) as client,
-    ):
-        yield client
-        wait_until_free(client, timeout=10)
-
-
-class DiesOnce(xgb.callback.TrainingCallback):
-    """Kills the worker of rank 1 in round 2, once."""
-
-    def __init__(self, mark: Path) -> None:
-        self.mark = mark
-
-    def after_iteration(self, model: Any, epoch: int, evals_log: Any) -> bool:
-        if collective.get_rank() == 1 and epoch == 2 and not self.mark.exists():
-            self.mark.write_text(get_worker().address)
-            os.kill(os.getpid(), signal.SIGKILL)
-        return False
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import signal
 from collections.abc import Iterator
@@ -15,7 +16,8 @@ import dask.config
 import numpy as np
 import pytest
 import xgboost as xgb
-from distributed import Client, LocalCluster, futures_of, get_worker
+from distributed import Client, futures_of, get_worker
+from tests.xgboost.losses import die
 from xgboost import collective
 
 import dask_xgboost
@@ -34,23 +36,11 @@ DART = SAMPLED | {"booster": "dart", "rate_drop": 0.4}
 
 
 @pytest.fixture
-def doomed() -> Iterator[LocalCluster]:
-    """Workers of which some are killed, for each test its own: not every nanny brings one back."""
-    with LocalCluster(n_workers=WORKERS, threads_per_worker=1, dashboard_address=":0") as cluster:
-        yield cluster
-
-
-@pytest.fixture
-def client(doomed: LocalCluster) -> Iterator[Client]:
-    deadlines = {"stop-timeout": "5s", "start-timeout": "60s", "timeout": "60s", "worker-return-timeout": "60s"}
-    with (
-        dask.config.set({f"dask-bridges.{name}": value for name, value in deadlines.items()}),
-        Client(doomed, set_as_default=False) as client,
-    ):
-        client.wait_for_workers(WORKERS, timeout=60)
-        yield client
-        wait_until_free(client, timeout=10)
-        assert [kept for some in client.run(lambda: list(safekeeping._kept)).values() for kept in some] == []
+def client(doomed: Client) -> Iterator[Client]:
+    """Afterwards no worker keeps a state."""
+    yield doomed
+    wait_until_free(doomed, timeout=10)
+    assert [kept for some in doomed.run(lambda: list(safekeeping._kept)).values() for kept in some] == []
 
 
 def data() -> tuple[Any, Any]:
@@ -94,10 +84,6 @@ class Diary(xgb.callback.TrainingCallback):
     @property
     def attempts(self) -> int:
         return self.read("begins").count(0)
-
-
-def die() -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
 
 
 @dataclass(frozen=True)
@@ -173,6 +159,86 @@ def test_a_training_goes_on_when_a_worker_is_killed(
     assert diary.attempts == 2
     assert leftovers(client) == {}
     wait_until_same(client, before, timeout=10)
+
+
+def lethal(function: str, after: bool) -> None:
+    """See that a function is the last that this process calls."""
+    module, name = function.rsplit(".", 1)
+    there = importlib.import_module(module)
+    original = getattr(there, name)
+
+    def last(*arguments: Any, **keywords: Any) -> None:
+        if after:
+            original(*arguments, **keywords)
+        die()
+
+    setattr(there, name, last)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize(
+    ("function", "after"),
+    [
+        pytest.param("dask_xgboost.rank.communicator", False, id="before it joins the others"),
+        pytest.param("dask_xgboost.rank.agree", True, id="when all have joined"),
+        pytest.param("dask_xgboost.ready.common_cuts", False, id="before cuts are found"),
+        pytest.param("dask_xgboost.ready.common_cuts", True, id="when they are found"),
+        pytest.param("dask_xgboost.ready.build", True, id="when it has binned its rows"),
+        pytest.param("dask_xgboost.rank._boost", True, id="after all rounds"),
+        pytest.param("dask_xgboost.rank.TrainResult", False, id="when it has parted from the others"),
+    ],
+)
+def test_it_goes_on_in_whatever_phase_a_worker_is_killed(client: Client, function: str, after: bool, rank: int) -> None:
+    if function.endswith("TrainResult") and rank:
+        pytest.skip("only rank 0 has a result")
+    with dask.config.set({"dask-bridges.xgboost.resident": False}):
+        runs = Runs(client, cuts="quantiles")
+        oracle = runs.train(SAMPLED)
+        before = client.run(os.getpid)
+        client.run(lethal, function, after, workers=[runs.X.parts.holding()[rank]])
+        same(runs.train(SAMPLED), oracle)
+    client.wait_for_workers(WORKERS, timeout=60)
+    assert len(set(before.values()) & set(client.run(os.getpid).values())) == WORKERS - 1
+    assert leftovers(client) == {}
+
+
+class Holds(xgb.callback.TrainingCallback):
+    def __init__(self, hold: Hold) -> None:
+        self.hold = hold
+
+    def after_iteration(self, model: Any, epoch: int, evals_log: Any) -> bool:
+        self.hold(rank=collective.get_rank(), round=epoch)
+        return False
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["restarted by its nanny", "retired", "terminated"])
+def test_it_goes_on_when_a_worker_is(client: Client, how: str) -> None:
+    """Cuts at quantiles do not depend on how many are left."""
+    runs, rows = Runs(client, cuts="quantiles"), xgb.DMatrix(data()[0].compute())
+    oracle, history = runs.train(PLAIN)
+    worker, hold = runs.X.parts.holding()[1], Hold.new(client)
+    pid = client.run(os.getpid)[worker]
+    with (
+        dask.config.set({"dask-bridges.worker-return-timeout": "2s" if how == "retired" else "300s"}),
+        ThreadPoolExecutor(1) as pool,
+        hold.released_at_last(client),
+    ):
+        training = pool.submit(runs.train, PLAIN, Holds(hold))
+        assert hold.reached(client).wait(60)
+        if how == "retired":
+            client.retire_workers([worker])
+        elif how == "terminated":
+            os.kill(pid, signal.SIGTERM)
+        else:
+            client.restart_workers([worker], timeout=60)
+        hold.released(client).set()
+        booster, found = training.result(120)
+    assert pid not in client.run(os.getpid).values()
+    np.testing.assert_allclose(booster.predict(rows), oracle.predict(rows), atol=1e-5)
+    for metric, values in history["valid"].items():
+        np.testing.assert_allclose(found["valid"][metric], values, atol=1e-5)
 
 
 @pytest.mark.slow
@@ -346,14 +412,8 @@ def test_it_is_started_again_no_more_often_than_allowed(client: Client, tmp_path
 @pytest.mark.slow
 def test_a_restart_of_the_cluster_ends_it(client: Client, tmp_path: Path) -> None:
     hold = Hold.new(client)
-
-    class Holds(xgb.callback.TrainingCallback):
-        def after_iteration(self, model: Any, epoch: int, evals_log: Any) -> bool:
-            hold(rank=collective.get_rank(), round=epoch)
-            return False
-
     with ThreadPoolExecutor(1) as pool:
-        training = pool.submit(Runs(client).train, SAMPLED, Holds())
+        training = pool.submit(Runs(client).train, SAMPLED, Holds(hold))
         with hold.released_at_last(client):
             assert hold.reached(client).wait(60)
             client.restart(wait_for_workers=False)

@@ -49,7 +49,8 @@ def check_params(params: Mapping[str, Any]) -> None:
             raise ValueError(f"updater={updater!r} cannot be trained on a cluster; leave updater out")
     if "refresh" in updaters:
         raise ValueError(
-            "updater='refresh' wants features as they are, and partitions are binned: use xgboost.train on one machine"
+            "updater='refresh' cannot be trained on a cluster: XGBoost takes the largest of the workers' sums for each "
+            "node, not the sum of all, and wants features as they are, not binned. Use xgboost.train on one machine"
         )
 
 
@@ -63,7 +64,8 @@ def check_ranks(params: Mapping[str, Any], ranks: int) -> None:
     """
     if params.get("process_type") == "update" and ranks > 1:
         raise ValueError(
-            f"process_type='update' on {ranks} workers: XGBoost updates trees in one process only. Use n_workers=1"
+            f"process_type='update' on {ranks} workers: XGBoost fails to send updated trees to other processes. Use "
+            "n_workers=1"
         )
 
 

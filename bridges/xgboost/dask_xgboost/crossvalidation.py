@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import xgboost as xgb
 from distributed import Client
 
 from dask_bridges import clients, config, placement
-from dask_bridges.errors import DataError
 from dask_bridges.events import Listener
 from dask_bridges.ports import port_range
 from dask_bridges.reporting import asked, reported
 from dask_xgboost import checks
-from dask_xgboost.dmatrix import DMatrix, MatrixOptions, _label
-from dask_xgboost.folds import Block, Folds
+from dask_xgboost.dealing import Asked
+from dask_xgboost.definition import label_of
+from dask_xgboost.matrixspec import MatrixOptions
 from dask_xgboost.places import Places
 from dask_xgboost.rank import Loop
 from dask_xgboost.supervising import Supervised
@@ -36,6 +34,7 @@ def cv(
     label: Any = None,
     weight: Any = None,
     base_margin: Any = None,
+    qid: Any = None,
     label_lower_bound: Any = None,
     label_upper_bound: Any = None,
     feature_weights: Any = None,
@@ -84,18 +83,21 @@ def cv(
     params : mapping, or sequence of mapping
         XGBoost's parameters; a sequence of sets of them is evaluated one after the other, on the same matrix and the
         same folds.
-    X, y, label, weight, base_margin, label_lower_bound, label_upper_bound : optional
-        See `train`.
+    X, y, label, weight, base_margin, qid, label_lower_bound, label_upper_bound : optional
+        See `train`. With `qid`, folds are of whole query groups; the objective is one of ``rank:``, and metrics are
+        ``ndcg``, ``map``, ``pre`` and functions.
     feature_weights, feature_names, feature_types, missing, enable_categorical, max_bin, cuts : optional
         See `train`. The cuts are those of all rows, where `xgboost.cv` finds them for each fold.
     num_boost_round : int, default 10
     nfold : int, default 3
-        Number of folds. Rows are dealt out within each partition, and do not depend on where it lies.
+        Number of folds. Rows (or query groups) are dealt out within each partition, and do not depend on where it
+        lies.
     stratified : bool, default False
         Whether the rows of each label are dealt out evenly, as far as they are in the same partition.
     folds : sequence of (train, test), or a scikit-learn splitter, optional
         Positions of rows, counted over all partitions in order; or what makes them, such as
-        `sklearn.model_selection.TimeSeriesSplit`, for which the labels are brought to the client.
+        `sklearn.model_selection.TimeSeriesSplit`, for which the labels are brought to the client. With `qid` they are
+        ids of query groups, and a splitter divides these, in order.
     metrics : str or sequence of str, optional
         In place of ``params["eval_metric"]``.
     obj, custom_metric, maximize, early_stopping_rounds : optional
@@ -153,7 +155,7 @@ def cv(
     if metrics:
         sets = [{**each, "eval_metric": [metrics] if isinstance(metrics, str) else list(metrics)} for each in sets]
     placement.refuse_plaintext(client, allow_plaintext, "XGBoost's tracker and collective traffic")
-    given = {"label": _label(y, label), "weight": weight, "base_margin": base_margin,
+    given = {"label": label_of(y, label), "weight": weight, "base_margin": base_margin, "qid": qid,
              "label_lower_bound": label_lower_bound, "label_upper_bound": label_upper_bound}  # fmt: skip
     options = MatrixOptions(feature_weights, feature_names, feature_types, missing, enable_categorical)
     matrix = matrix_of(client, X, given, options, "X")
@@ -204,79 +206,3 @@ def _check(sets: Sequence[dict[str, Any]], cuts: str) -> None:
     if len({each.get("max_bin") for each in sets}) > 1:
         raise ValueError("the sets of params have different max_bin: they share one matrix. Call cv for each max_bin")
     checks.check_cuts(cuts)
-
-
-@dataclass
-class Asked:
-    """The folds that were asked for.
-
-    Attributes
-    ----------
-    params : sequence of dict
-    number : int
-    stratified : bool
-    given
-        Pairs of positions, or a splitter of scikit-learn; None to deal rows out.
-    shuffle : bool
-    seed : int
-    """
-
-    params: Sequence[dict[str, Any]]
-    number: int
-    stratified: bool
-    given: Any
-    shuffle: bool
-    seed: int
-    _pairs: list[tuple[Any, Any]] = field(default_factory=list)
-
-    async def settle(self, client: Client, matrix: DMatrix) -> None:
-        """Hold what was asked for against the rows that there are.
-
-        Raises
-        ------
-        DataError
-            If it does not fit.
-        """
-        if matrix.has("qid"):
-            raise DataError(
-                "X has query groups, whose weights XGBoost scales worker by worker, so that none can be left out by "
-                "weight: train on each fold (dask_xgboost.train), or cross-validate without qid"
-            )
-        if self.given is None:
-            if isinstance(self.number, bool) or not 2 <= self.number <= matrix.rows:
-                raise DataError(f"nfold={self.number!r}: give a whole number from 2 to the {matrix.rows} rows")
-            return
-        if self._pairs:  # what was given may be an iterator, or draw anew: after a loss the folds are those of before
-            return
-        pairs = self.given
-        if hasattr(pairs, "split"):
-            rows = np.zeros((matrix.rows, 1))
-            pairs = pairs.split(rows, await client.gather(client.compute(matrix.labels())))
-        self._pairs = [(_positions(train, matrix.rows), _positions(test, matrix.rows)) for train, test in pairs]
-        if not self._pairs:
-            raise DataError("folds is empty: give pairs of positions of rows, (train, test)")
-
-    def on(self, matrix: DMatrix, worker: str) -> Folds:
-        """What the rank on a worker is told."""
-        starts = np.concatenate([[0], np.cumsum(matrix.parts.rows)])
-        blocks = tuple(
-            Block(part, int(starts[part]), int(starts[part + 1])) for part, _ in matrix.parts.rows_by_part(worker)
-        )
-        here = np.concatenate([np.arange(block.start, block.stop) for block in blocks])
-        given = tuple(
-            (np.packbits(train[here]).tobytes(), np.packbits(test[here]).tobytes()) for train, test in self._pairs
-        )
-        number = len(self._pairs) or self.number
-        return Folds(tuple(self.params), number, matrix.rows, blocks, self.stratified, self.shuffle, self.seed, given)
-
-
-def _positions(rows: Any, total: int) -> Any:
-    """Positions of rows as a mask."""
-    rows = np.asarray(rows)
-    if rows.dtype == bool and rows.shape == (total,):
-        return rows
-    if rows.ndim != 1 or rows.dtype.kind not in "iu" or not len(rows) or rows.min() < 0 or rows.max() >= total:
-        raise DataError(f"folds has positions of rows that are not between 0 and {total - 1}, or none: {rows!r}")
-    mask = np.zeros(total, dtype=bool)
-    mask[rows] = True
-    return mask

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import xgboost as xgb
 
-from dask_xgboost.dmatrix import MatrixSpec
+from dask_xgboost.matrixspec import MatrixSpec
 
 __all__ = ["reference", "reference_of", "types"]
 

@@ -2,84 +2,27 @@
 
 from __future__ import annotations
 
-import asyncio
 import functools
 import os
-import time
 from collections.abc import Generator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-from dask.core import flatten
-from distributed import Client, Worker
+from distributed import Client
 
-from dask_bridges import clients, config, partitions, placement
-from dask_bridges.errors import DataError, PlacementError
-from dask_xgboost import checks, external, grouping
+from dask_bridges import clients, partitions, placement
+from dask_bridges.errors import DataError
+from dask_xgboost import external, grouping
 from dask_xgboost.blocks import FIELDS, BlockInfo, inspect, union_of_categories
+from dask_xgboost.definition import Definition, label_of
+from dask_xgboost.matrixspec import MatrixOptions, MatrixSpec
 from dask_xgboost.resident import Residents
 
-__all__ = ["DMatrix", "MatrixOptions", "MatrixSpec", "place", "prepare", "replace"]
-
-#: Seconds between looks at whether tasks wait for workers that are gone.
-_LOOK_AGAIN = 1.0
+__all__ = ["PACKAGES", "DMatrix", "load", "place", "prepare"]
 
 PACKAGES = ("dask_bridges", "dask_xgboost", "xgboost")
 
 
-@dataclass(frozen=True)
-class MatrixOptions:
-    """What belongs to a matrix as a whole; see `DMatrix`."""
-
-    feature_weights: Any = None
-    feature_names: Sequence[str] | None = None
-    feature_types: Sequence[str] | None = None
-    missing: float = float("nan")
-    enable_categorical: bool = True
-    external_memory: bool | str = False
-
-
-@dataclass(frozen=True)
-class MatrixSpec:
-    """What one rank needs to build its part of a matrix.
-
-    Attributes
-    ----------
-    keys : tuple
-        Of the parts in the worker's store, in order.
-    columns : tuple of (str, str)
-        Fields that are columns of X.
-    categories : dict
-        The categories all partitions agree on, by column.
-    num_features : int
-    feature_names, feature_types : list of str or None
-    options : MatrixOptions
-    held : str or None
-        Key of what was built of it before, see `resident`.
-    token : str or None
-        Under which it is left to the client if it is built.
-    released : bool
-        Whether the parts need not be there.
-    """
-
-    keys: tuple[Any, ...]
-    columns: tuple[tuple[str, str], ...]
-    categories: dict[str, Any]
-    num_features: int
-    feature_names: list[str] | None
-    feature_types: list[str] | None
-    options: MatrixOptions
-    held: str | None = None
-    token: str | None = None
-    released: bool = False
-
-    def there(self, worker: Worker) -> bool:
-        """Whether the parts are there to build it from."""
-        return not self.released and all(key in worker.data for key in self.keys)
-
-
-class DMatrix:
+class DMatrix(Definition):
     """A distributed matrix: features, labels and what else belongs to each row.
 
     Made once, it can be trained on and evaluated on many times: its partitions
@@ -152,10 +95,10 @@ class DMatrix:
         external_memory: bool | str | os.PathLike[str] = False,
     ) -> None:
         client = clients.current(client)
-        values = (_label(y, label), weight, base_margin, qid, label_lower_bound, label_upper_bound)
+        values = (label_of(y, label), weight, base_margin, qid, label_lower_bound, label_upper_bound)
         disk = external.checked(external_memory)
         options = MatrixOptions(feature_weights, feature_names, feature_types, missing, enable_categorical, disk)
-        self._define(client, X, dict(zip(FIELDS, values)), options, role="X")
+        self._define(client, X, dict(zip(FIELDS, values)), options, "X")
         self.release = release
         prepare(client, [self])
         if not client.asynchronous:
@@ -169,61 +112,22 @@ class DMatrix:
         return matrix
 
     def _define(self, client: Client, X: Any, fields: dict[str, Any], options: MatrixOptions, role: str) -> None:
-        self.client, self.source, self.role, self.options = client, X, role, options
-        given = {name: value for name, value in fields.items() if value is not None}
-        self.columns = {name: value for name, value in given.items() if isinstance(value, str)}
-        for name, column in self.columns.items():
-            _check_column_name(X, role, name, column)
-        self.features = _features_meta(X, role, list(self.columns.values()))
-        if not {"label", "label_lower_bound"} & set(given):
-            raise DataError(
-                f"{role} has no labels: pass y (a collection, or the name of a column of the dataframe), "
-                "or label=, or label_lower_bound= and label_upper_bound="
-            )
-        self.feature_names, self.feature_types = self._name_features(options)
-        others = {name: value for name, value in given.items() if name not in self.columns}
-        for name, column in self.columns.items():
-            checks.check_field(f"{name}={column!r}", X._meta[column])
-        for name, value in others.items():
-            checks.check_width(name, value)
-            if partitions.is_frame(value):
-                checks.check_field(name, value._meta)
-        self._collections = {"X": X, **others}
+        super().__init__(X, fields, options, role)
+        self.client = client
         self.release = True
         self.residents = Residents()
         self.among: frozenset[str] = frozenset()  # the workers that it was spread over, with those that got nothing
         self._prepared: partitions.Prepared | None = None
         self._loaded: partitions.Partitions | None = None
 
-    def _name_features(self, options: MatrixOptions) -> tuple[list[str] | None, list[str] | None]:
-        for name in ("feature_names", "feature_types", "feature_weights"):
-            given = getattr(options, name)
-            if given is not None and len(given) != self.num_features:
-                raise DataError(f"{name} has {len(given)} entries for the {self.num_features} features of {self.role}")
-        if not partitions.is_frame(self.source):
-            checks.check_array(self.role, self.source.dtype)
-            names, types = options.feature_names, options.feature_types
-            return None if names is None else [str(name) for name in names], None if types is None else list(types)
-        checks.check_columns(self.role, self.features)
-        if self.role == "X" and (options.feature_names is not None or options.feature_types is not None):
-            raise DataError("X is a dataframe, whose columns have names and types: rename or convert those")
-        if not options.enable_categorical:
-            _refuse_categoricals(self.features)
-        return [str(name) for name in self.features.columns], None
-
-    @property
-    def num_features(self) -> int:
-        """Number of feature columns."""
-        return int(self.features.shape[1])
-
     def has(self, field: str) -> bool:
         """Whether the field ("weight", "qid") was given."""
         return field in self.columns or field in self.parts.roles
 
-    def labels(self) -> Any:
-        """The collection of the labels."""
-        column = self.columns.get("label")
-        return self._collections["label"] if column is None else self._collections["X"][column]
+    @property
+    def placed(self) -> bool:
+        """Whether the partitions are computed; they may be lost or let go of since."""
+        return self._loaded is not None
 
     @property
     def rows(self) -> int:
@@ -316,128 +220,30 @@ def prepare(client: Client, matrices: Sequence[DMatrix]) -> None:
     DataError
         If the collections of a matrix do not match.
     """
-    new = [matrix for matrix in matrices if matrix._loaded is None]
-    for matrix, prepared in zip(new, partitions.prepare_all(client, [matrix._collections for matrix in new])):
+    new = [matrix for matrix in matrices if not matrix.placed]
+    for matrix, prepared in zip(new, partitions.prepare_all(client, [matrix.collections for matrix in new])):
         matrix._prepared = prepared
 
 
 async def place(client: Client, matrices: Sequence[DMatrix], workers: Sequence[str] | None) -> None:
     """Compute and check the partitions of prepared matrices in one go; those that are placed stay as they are."""
-    new = [matrix for matrix in matrices if matrix._loaded is None]
+    new = [matrix for matrix in matrices if not matrix.placed]
     if not new:
         return
     names = [info.address for info in await placement.usable_workers(client, workers)]
     await placement.check_packages(client, names, PACKAGES, remedy=' ("dask-bridges[xgboost]")')
-    for matrix, loaded in zip(new, await _loaded(client, new, workers and names)):
+    for matrix, loaded in zip(new, await load(client, new, workers and names)):
         matrix._loaded = loaded
         matrix._check()
 
 
-async def replace(client: Client, matrices: Sequence[DMatrix], workers: Sequence[str] | None) -> None:
-    """Compute again what was lost of placed matrices; what workers still have is used.
-
-    Parameters
-    ----------
-    client : Client
-    matrices : sequence of DMatrix
-    workers : sequence of str, optional
-        Addresses where it may be computed.
-
-    Raises
-    ------
-    PlacementError
-        If some of it is bound to workers that are gone.
-    """
-    hurt = []
-    for matrix in matrices:
-        if lost := await matrix.parts.lost(client):
-            for part in lost:  # those that were moved would wait for the worker that is gone
-                matrix.parts.futures[part].release()
-            hurt.append(matrix)
-    if not hurt:
-        return
-    loading = asyncio.ensure_future(_loaded(client, hurt, workers))
-    try:
-        await _until(loading, client, _keys(hurt))
-    finally:
-        loading.cancel()
-        await asyncio.gather(loading, return_exceptions=True)
-    for matrix, loaded in zip(hurt, loading.result()):
-        loaded.split(client, len(matrix.parts.filled()))
-        matrix._loaded = loaded
-
-
-async def _until(loading: asyncio.Future[Any], client: Client, keys: list[Any]) -> None:
-    """Wait, but not for tasks that wait for a worker that is gone."""
-    patience, stuck_since = config.seconds("worker-return-timeout"), time.monotonic()
-    while not (await asyncio.wait({loading}, timeout=_LOOK_AGAIN))[0]:
-        states = await client.scheduler.get_task_status(keys=keys)
-        stuck = [key for key, state in states.items() if state == "no-worker"]
-        if not stuck:
-            stuck_since = time.monotonic()
-        elif time.monotonic() - stuck_since > patience:
-            raise PlacementError(
-                f"lost data cannot be computed again: {len(stuck)} tasks, such as {stuck[0]}, may only run on "
-                "workers that are gone. Persist without workers=, or with allow_other_workers=True"
-            )
-
-
-def _keys(matrices: Sequence[DMatrix]) -> list[Any]:
-    """Of all that may have to be computed, persisted blocks included."""
-    keys: dict[Any, None] = {}
-    for matrix in matrices:
-        assert matrix._prepared is not None
-        keys.update(dict.fromkeys(matrix._prepared.graph))
-        for collection in matrix._prepared.aligned.values():
-            keys.update(dict.fromkeys(flatten(collection.__dask_keys__())))
-    return list(keys)
-
-
-async def _loaded(
+async def load(
     client: Client, matrices: Sequence[DMatrix], workers: Sequence[str] | None
 ) -> list[partitions.Partitions]:
+    """The partitions of prepared matrices, computed, described, and with each query group in one of them."""
     sets = []
     for matrix in matrices:
         assert matrix._prepared is not None
         sets.append((matrix._prepared, functools.partial(inspect, columns=tuple(matrix.columns.items()))))
     loaded = await partitions.load_all(client, sets, workers=workers) if sets else []
     return [await grouping.together(client, parts, matrix.columns, workers) for parts, matrix in zip(loaded, matrices)]
-
-
-def _label(y: Any, label: Any) -> Any:
-    if isinstance(y, (int, np.integer)) and not isinstance(y, bool):
-        raise DataError(f"y={y} is a number, not labels; for the number of rounds pass num_boost_round={y}")
-    if y is not None and label is not None:
-        raise DataError("y and label are the same thing: pass one of them")
-    return label if y is None else y
-
-
-def _check_column_name(X: Any, role: str, name: str, column: str) -> None:
-    if not hasattr(X, "columns"):
-        raise DataError(
-            f"{name}={column!r} names a column, but {role} is not a dataframe: pass the values as a collection"
-        )
-    if column not in list(X.columns):
-        raise DataError(f"{name}={column!r} is not a column of {role}; it has {list(X.columns)}")
-
-
-def _features_meta(X: Any, role: str, fields: list[str]) -> Any:
-    """An empty frame with the feature columns, or the array itself."""
-    if partitions.is_frame(X):
-        if not hasattr(X, "columns") or X.ndim != 2:
-            raise DataError(f"{role} is a series; for a single feature pass {role}.to_frame()")
-        return X._meta.drop(columns=list(dict.fromkeys(fields)))
-    if partitions.is_array(X) and X.ndim != 2:
-        raise DataError(f"{role} has {X.ndim} dimensions; rows and features, so two, are wanted")
-    if not partitions.is_array(X):
-        raise DataError(
-            f"{role} is a {type(X).__module__.split('.')[0]} {type(X).__name__}, not a Dask collection: make it one "
-            "with dask.array.from_array or dask.dataframe.from_pandas"
-        )
-    return X
-
-
-def _refuse_categoricals(meta: Any) -> None:
-    names = [name for name, dtype in meta.dtypes.items() if str(dtype) == "category"]
-    if names:
-        raise DataError(f"columns {names} are categorical and enable_categorical is False; encode them, or allow it")

@@ -18,8 +18,9 @@ from xgboost import sklearn as upstream
 from dask_bridges import clients, partitions
 from dask_bridges.errors import DataError
 from dask_xgboost import labels, prediction, scores
-from dask_xgboost.dmatrix import DMatrix, MatrixOptions
+from dask_xgboost.dmatrix import DMatrix
 from dask_xgboost.inmemory import next_turn, on_workers
+from dask_xgboost.matrixspec import MatrixOptions
 from dask_xgboost.metrics import Gathered, on_one_machine
 from dask_xgboost.places import Places
 from dask_xgboost.sets import Rows, sets_of

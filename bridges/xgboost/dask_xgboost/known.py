@@ -10,7 +10,8 @@ import dask
 from distributed import Client
 
 from dask_bridges import config
-from dask_xgboost.dmatrix import DMatrix, MatrixOptions
+from dask_xgboost.dmatrix import DMatrix
+from dask_xgboost.matrixspec import MatrixOptions
 
 __all__ = ["matrix"]
 

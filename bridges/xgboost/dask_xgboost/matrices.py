@@ -16,9 +16,9 @@ from dask_bridges.partitions.blocks import size_of
 from dask_bridges.task import WorkerMember
 from dask_xgboost import cuts
 from dask_xgboost.blocks import as_array, recode, split
-from dask_xgboost.dmatrix import MatrixSpec
 from dask_xgboost.external import ExternalMatrix, cache_folder
 from dask_xgboost.gathering import all_gather
+from dask_xgboost.matrixspec import MatrixSpec
 from dask_xgboost.quantiles import Collected, compress_all, quantiles, summarise
 
 __all__ = ["Binning", "build", "common_cuts"]

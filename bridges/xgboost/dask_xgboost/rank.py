@@ -19,11 +19,13 @@ from dask_bridges.task import WorkerMember
 from dask_xgboost.boosting import Rounds
 from dask_xgboost.communicator import capture_log, communicator
 from dask_xgboost.devices import own_gpu
-from dask_xgboost.folds import Folds, History, Newest, Run, cross_validate, masks, sides_of
+from dask_xgboost.folds import Folds, masks
 from dask_xgboost.metrics import AREAS, GlobalMetrics, in_order, metric_names, without
 from dask_xgboost.ready import Agreed, MatricesSpec, agree, ready
 from dask_xgboost.resident import Built, lent
 from dask_xgboost.resuming import Keeper, Keeping, State
+from dask_xgboost.sides import sides_of
+from dask_xgboost.validating import History, Newest, Run, cross_validate
 
 __all__ = ["TrainResult", "TrainSpec", "train_rank"]
 
@@ -205,7 +207,7 @@ def _cross_validated(member: WorkerMember, loop: Loop, folds: Folds, matrix: Any
     """The history of each set of parameters."""
     told = [_told(member, loop, given, matrix) for given in folds.params]
     proxied = any(custom is not None for *_, custom in told)
-    sides = sides_of(member, matrix, masks(folds, matrix.get_label()), proxied=proxied)
+    sides = sides_of(member, matrix, folds, masks(folds, matrix.get_label()), proxied=proxied)
     histories: list[History] = []
     for params, areas, custom in told:
         done = len(histories) * loop.num_boost_round

@@ -14,9 +14,9 @@ from xgboost import collective
 from dask_bridges.task import WorkerMember
 from dask_xgboost import cuts
 from dask_xgboost.communicator import apart
-from dask_xgboost.dmatrix import MatrixSpec
 from dask_xgboost.gathering import all_gather
 from dask_xgboost.matrices import Binning, build, common_cuts
+from dask_xgboost.matrixspec import MatrixSpec
 from dask_xgboost.resident import Built, offered
 
 __all__ = ["Agreed", "MatricesSpec", "agree", "ready"]

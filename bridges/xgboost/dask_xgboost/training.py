@@ -19,7 +19,9 @@ from dask_bridges.ports import port_range
 from dask_bridges.reporting import Recorder, asked, reported
 from dask_bridges.ui.progress import ProgressBar, wants_bar
 from dask_xgboost import checks, external, known, resuming
-from dask_xgboost.dmatrix import DMatrix, MatrixOptions, _label
+from dask_xgboost.definition import label_of
+from dask_xgboost.dmatrix import DMatrix
+from dask_xgboost.matrixspec import MatrixOptions
 from dask_xgboost.places import Places
 from dask_xgboost.rank import Loop
 from dask_xgboost.report import RoundPrinter
@@ -204,7 +206,7 @@ def train(
     settings = settings_of(params, max_bin)
     checks.check_params(settings)
     placement.refuse_plaintext(client, allow_plaintext, "XGBoost's tracker and collective traffic")
-    given = {"label": _label(y, label), "weight": weight, "base_margin": base_margin, "qid": qid,
+    given = {"label": label_of(y, label), "weight": weight, "base_margin": base_margin, "qid": qid,
              "label_lower_bound": label_lower_bound, "label_upper_bound": label_upper_bound}  # fmt: skip
     disk = external.checked(external_memory)
     if disk and isinstance(X, DMatrix):
