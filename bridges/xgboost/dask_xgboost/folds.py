@@ -19,7 +19,7 @@ import numpy as np
 import xgboost as xgb
 from xgboost.training import _PackedBooster
 
-from dask_bridges.task import WorkerMember
+from dask_bridges.member import Member
 from dask_xgboost.communicator import apart
 from dask_xgboost.metrics import in_order
 
@@ -123,7 +123,7 @@ def _numbers(folds: Folds, block: Block, labels: Any) -> Any:
 class _Side:
     """The rows that a booster is evaluated on: those it has seen, or those it has not."""
 
-    def __init__(self, member: WorkerMember, matrix: Any, mask: Any, *, proxied: bool) -> None:
+    def __init__(self, member: Member, matrix: Any, mask: Any, *, proxied: bool) -> None:
         weight = matrix.get_weight()
         self.mask = mask
         self.weight = mask.astype("float32") if not weight.size else np.where(mask, weight, np.float32(0))
@@ -141,9 +141,7 @@ class _Side:
         return proxy
 
 
-def sides_of(
-    member: WorkerMember, matrix: Any, pairs: Sequence[tuple[Any, Any]], *, proxied: bool
-) -> list[dict[str, _Side]]:
+def sides_of(member: Member, matrix: Any, pairs: Sequence[tuple[Any, Any]], *, proxied: bool) -> list[dict[str, _Side]]:
     """What each booster is evaluated on, by name; `proxied` where metrics are functions."""
     names = ("train", "test")
     return [{name: _Side(member, matrix, mask, proxied=proxied) for name, mask in zip(names, pair)} for pair in pairs]
@@ -221,7 +219,7 @@ def _left_out(obj: Callable[..., Any], mask: Any, predictions: Any, matrix: Any)
 
 
 def cross_validate(
-    member: WorkerMember,
+    member: Member,
     matrix: Any,
     sides: Sequence[dict[str, _Side]],
     run: Run,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import pickle
 import uuid
 import warnings
 import zlib
@@ -25,10 +26,11 @@ from dask_bridges.gang import Gang, GangPlan
 from dask_bridges.placement import WorkerInfo
 from dask_xgboost import checks, dmatrix, resuming
 from dask_xgboost.communicator import is_collective_error
-from dask_xgboost.devices import wants_gpus, with_own_gpus
+from dask_xgboost.devices import on_gpus, wants_gpus
 from dask_xgboost.dmatrix import PACKAGES, DMatrix
+from dask_xgboost.hosting import train_here, train_in_child
 from dask_xgboost.places import Places
-from dask_xgboost.rank import Loop, TrainResult, TrainSpec, train_rank
+from dask_xgboost.rank import Loop, TrainResult, TrainSpec
 from dask_xgboost.ready import Agreed, MatricesSpec
 from dask_xgboost.resident import disown
 from dask_xgboost.resuming import Keeping, State
@@ -93,6 +95,7 @@ class Supervised:
     _id: str = field(default_factory=lambda: uuid.uuid4().hex[:12])
     _finishing: bool = False  # whether somebody has asked it to stop
     _devices: Mapping[str, Wanted] = field(default_factory=dict)  # by the workers' addresses, where GPUs train
+    _owned: bool = True  # whether ranks train in their workers' processes
 
     def __post_init__(self) -> None:
         self._gpus = wants_gpus(self.loop.params)
@@ -195,7 +198,7 @@ class Supervised:
             await matrix.residents.taken()
         plan = GangPlan(
             label=LABEL,
-            function=train_rank,
+            function=train_here if self._owned else train_in_child,
             payloads=self._specs(state),
             workers=self._ranks,
             collateral=is_collective_error,
@@ -207,8 +210,8 @@ class Supervised:
         self._gang = gang = Gang(self.client, plan, number)
         for listener in (reached, *self.listeners):
             gang.events.listen(listener)
-        result: TrainResult = (await gang.run())[0]
-        return result
+        result: TrainResult | bytes = (await gang.run())[0]
+        return pickle.loads(result) if isinstance(result, bytes) else result
 
     async def _stored(self) -> State | None:
         """What the store has; nothing without one."""
@@ -276,15 +279,15 @@ class Supervised:
         return await self._with_gpus(await self.places.usable(self.client))
 
     async def _with_gpus(self, workers: list[WorkerInfo]) -> list[WorkerInfo]:
-        """Those that own a GPU, where GPUs train."""
+        """Those that have a GPU, where GPUs train; once children have trained, they do so after a loss, too."""
         if not self._gpus:
             return workers
         addresses = [worker.address for worker in workers]
         await placement.check_packages(self.client, addresses, PACKAGES, remedy=' ("dask-bridges[xgboost]")')
-        workers, self._devices = await with_own_gpus(
-            self.client, workers, named=self.places.workers is not None, timeout=self.places.timeout
-        )
-        return workers
+        named, timeout = self.places.workers is not None, self.places.timeout
+        there = await on_gpus(self.client, workers, LABEL, named=named, owned=self._owned, timeout=timeout)
+        self._devices, self._owned = there.wanted, there.owned
+        return there.workers
 
     async def _spread(self, places: Sequence[str]) -> None:
         matrices = self.matrices
