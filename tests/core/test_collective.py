@@ -73,6 +73,12 @@ class ThreadMember(Member):
     def ask(self, method: str, **request: Any) -> dict[str, Any]:
         return self.board.exchange(self.rank, request["payload"])
 
+    def keep(self, step: int, state: Any) -> None:
+        raise NotImplementedError
+
+    def fail(self, error: BaseException) -> None:
+        raise NotImplementedError
+
 
 class Ranks:
     """A gang of threads that have joined."""

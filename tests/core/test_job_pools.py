@@ -21,7 +21,8 @@ from distributed import Client, Future, LocalCluster, get_client, wait
 from tests.core.jobs_at_work import FOUR, Flags, add, find_in, find_not_in, gone, hold, wait_until, where
 
 from dask_bridges import PlacementError
-from dask_bridges.jobs import DevicePool
+from dask_bridges.jobs import DevicePool, setup
+from dask_bridges.plugins import Children, Plugin
 from dask_bridges.testing import footprint
 from dask_bridges.testing.traces import wait_until_same
 
@@ -67,6 +68,26 @@ def test_environment_variables_are_set_before_modules_are_imported(bridges_clien
         found = [pool.submit(seen, env={"LOOKED_FOR": value}).result() for value in ("a", "b", "a")]
         assert found == ["a", "b", "a"]
         assert pool.submit(seen).result() is None
+
+
+def test_a_framework_is_told_the_memory_of_its_job_once_it_is_imported(
+    bridges_client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    children = Children(("colorsys",), memory="tests.core.jobs_at_work:note_limit")
+    monkeypatch.setattr(setup, "installed", lambda: ([Plugin("framework", children=children)], []))
+
+    def told() -> list[list[int]]:
+        from tests.core.jobs_at_work import limits
+
+        before = list(limits)
+        import colorsys  # noqa: F401
+
+        return [before, limits]
+
+    for preload, before in (((), []), (["colorsys"], [2**30])):  # at once, where it was there before the job
+        with DevicePool(bridges_client, devices={"0": ["a"]}, preload=preload) as pool:
+            assert pool.submit(told, memory="1 GiB").result(timeout=60) == [before, [2**30]]
+            assert pool.submit(told).result(timeout=60) == [[], []]
 
 
 @pytest.mark.slow
@@ -150,8 +171,8 @@ def test_a_cancelled_job_is_gone_with_what_it_has_started(bridges_client: Client
         pids = list(map(int, flags.wait("up").split()))
         waiting = pool.submit(where)
         pool.cancel(future)
-        wait_until(lambda: all(map(gone, pids)), 5, f"of {pids} some live on")
-        assert waiting.result(timeout=10)[0] == "0"
+        wait_until(lambda: all(map(gone, pids)), 2, f"of {pids} some live on")
+        assert waiting.result(timeout=6)[0] == "0"
         assert future.cancelled()
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 from distributed import Client, LocalCluster, as_completed, wait
 from tests.core.control_groups import control_group, use_too_much
@@ -56,6 +57,17 @@ def test_each_job_has_its_own_device_and_its_own_process(pool: DevicePool, flags
     found = pool.client.gather(pool.map(where, range(12)))
     assert len({pid for _, pid in found}) == 12
     assert {device for device, _ in found} <= {"0", "1", "2", "3"}
+
+
+def test_the_next_process_is_forked_while_a_job_runs(pool: DevicePool) -> None:
+    def forked() -> float:
+        return psutil.Process().create_time()
+
+    def ahead() -> bool:
+        submitted = time.time()
+        return bool(pool.submit(forked).result() < submitted - 0.02)  # the kernel counts in hundredths
+
+    wait_until(ahead, 10, "every job waits for its process to be forked")
 
 
 def test_several_devices_are_of_one_host(pool: DevicePool) -> None:
@@ -260,6 +272,7 @@ def test_status_is_a_table(pool: DevicePool, flags: Flags) -> None:
     assert held["holder"] == f"job {future.key}"
     assert held["device"] in repr(status)
     assert f"<td>job {future.key}</td>" in status._repr_html_()
+    assert 0 < held["utilisation"] <= 1
     assert status.unfinished == 1
     flags.set("go")
     future.result()

@@ -71,6 +71,22 @@ def test_tensorflow_sees_one_gpu_and_its_memory_is_free_when_the_job_is_over(cli
         time.sleep(0.05)
 
 
+def limit_of_tensorflow() -> tuple[int, int]:
+    """What TensorFlow may use of its GPU, and all that this has, in bytes."""
+    import tensorflow as tf
+
+    (gpu,) = tf.config.list_physical_devices("GPU")
+    (device,) = tf.config.get_logical_device_configuration(gpu)
+    return device.memory_limit * 2**20, gpu_of(Job.current().devices[0]).memory
+
+
+def test_tensorflow_keeps_to_the_share_of_its_job(client: Client) -> None:
+    needs_tensorflow_with_cuda()
+    with DevicePool(client, preload=["tensorflow", "keras"]) as pool:
+        limit, whole = pool.submit(limit_of_tensorflow, gpus=0.5).result(timeout=120)
+    assert abs(limit - whole / 2) < 2**20
+
+
 @pytest.mark.skipif(len(nvml.gpus()) < 2, reason="there is one GPU only")
 def test_two_jobs_at_once_have_different_gpus(client: Client, tmp_path: Path) -> None:
     flags = Flags(tmp_path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from typing import Any
 
 import dask.array as da
@@ -24,8 +25,15 @@ pytestmark = [
 ]
 
 
-def trained_here(X: Any, y: Any) -> xgb.Booster:
-    return xgb.train({"max_depth": 3}, xgb.QuantileDMatrix(X, y), num_boost_round=5)
+def data() -> tuple[Any, Any]:
+    X = np.random.default_rng(0).integers(0, 30, (2000, 4)).astype("float32")
+    return X, X[:, 0] * 2 + X[:, 1]
+
+
+def assert_same(booster: xgb.Booster, X: Any, y: Any) -> None:
+    """The model is that of one machine."""
+    alone = xgb.train({"max_depth": 3}, xgb.QuantileDMatrix(X, y), num_boost_round=5)
+    np.testing.assert_allclose(booster.inplace_predict(X), alone.inplace_predict(X), rtol=1e-3)
 
 
 class Where(xgb.callback.TrainingCallback):  # type: ignore[misc]
@@ -37,19 +45,38 @@ class Where(xgb.callback.TrainingCallback):  # type: ignore[misc]
 
 
 def test_a_worker_trains_on_the_gpu_it_owns_as_often_as_asked(monkeypatch: pytest.MonkeyPatch) -> None:
-    X = np.random.default_rng(0).integers(0, 30, (2000, 4)).astype("float32")
-    y = X[:, 0] * 2 + X[:, 1]
+    X, y = data()
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")  # of the worker
     with (
         LocalCluster(n_workers=1, threads_per_worker=1, dashboard_address=":0") as cluster,
         Client(cluster, set_as_default=False) as client,
     ):
-        data = da.from_array(X, chunks=(500, 4)), da.from_array(y, chunks=500)
+        collections = da.from_array(X, chunks=(500, 4)), da.from_array(y, chunks=500)
         for _ in range(2):  # the first leaves memory in use
             where = Where()
             booster = dask_xgboost.train(
-                client, {"device": "cuda", "max_depth": 3}, *data, num_boost_round=5, callbacks=[where], timeout="60s"
-            )
+                client, {"device": "cuda", "max_depth": 3}, *collections, num_boost_round=5, callbacks=[where],
+                timeout="60s",
+            )  # fmt: skip
             assert where.device == "cuda:0"
-    ours, expected = (model.inplace_predict(X) for model in (booster, trained_here(X, y)))
-    np.testing.assert_allclose(ours, expected, rtol=1e-3)
+    assert_same(booster, X, y)
+
+
+def test_workers_that_own_none_train_in_children_and_take_none_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
+    X, y = data()
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    with (
+        LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=":0") as cluster,
+        Client(cluster, set_as_default=False) as client,
+    ):
+        collections = da.from_array(X, chunks=(500, 4)), da.from_array(y, chunks=500)
+        for _ in range(2):  # the first gives its memory back
+            where = Where()
+            booster = dask_xgboost.train(
+                client, {"device": "cuda", "max_depth": 3}, *collections, num_boost_round=5, callbacks=[where],
+                timeout="60s", n_workers=1,
+            )  # fmt: skip
+            assert where.device == "cuda:0"
+            users = {pid for gpu in nvml.gpus() for pid, _ in nvml.usage(gpu.uuid).processes}
+            assert not users & set(client.run(os.getpid).values())
+    assert_same(booster, X, y)

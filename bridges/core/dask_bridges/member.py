@@ -111,6 +111,7 @@ class Member(ABC):
         self._step = 0
         self._stop_reason: str | None = None
         self._on_stop: list[Callable[[], Any]] = []
+        self._on_finish: list[Callable[[], Any]] = []
         self._lock = threading.Lock()
 
     # Talking
@@ -191,7 +192,17 @@ class Member(ABC):
         """What the members have told each other last, by `exchange`: for one that was not there yet."""
         return list(self.ask("recall")["payloads"])
 
+    # Keeping
+
+    @abstractmethod
+    def keep(self, step: int, state: Any) -> None:
+        """Keep a state in the worker's memory, in place of the one before, see `safekeeping.collect`."""
+
     # Stopping
+
+    @abstractmethod
+    def fail(self, error: BaseException) -> None:
+        """Tell of a failure at once, before what cleaning up does to the peers makes them fail, too."""
 
     @property
     def stopping(self) -> str | None:
@@ -218,8 +229,28 @@ class Member(ABC):
                 return
             self._stop_reason = reason
             callbacks = list(self._on_stop)
+        self._call_each(callbacks, "stop")
+
+    def on_finish(self, callback: Callable[[], Any]) -> None:
+        """Call `callback` once the member is asked to finish (at once if it was), from another thread."""
+        with self._lock:
+            if not self.finishing:
+                self._on_finish.append(callback)
+                return
+        callback()
+
+    def finish(self) -> None:
+        """Ask the member to end after what it is at, with a result."""
+        with self._lock:
+            if self.finishing:
+                return
+            self.finishing = True
+            callbacks = list(self._on_finish)
+        self._call_each(callbacks, "finish")
+
+    def _call_each(self, callbacks: Sequence[Callable[[], Any]], why: str) -> None:
         for callback in callbacks:
-            threading.Thread(target=callback, name=f"stop-{self.gang}-{self.rank}", daemon=True).start()
+            threading.Thread(target=callback, name=f"{why}-{self.gang}-{self.rank}", daemon=True).start()
 
 
 def host_of(address: str) -> str:

@@ -26,7 +26,7 @@ from dask_bridges.member import Member, MemberSpec
 from dask_bridges.watchdog import time_used
 from dask_serializers.hooks import activate as models_move
 
-__all__ = ["WorkerMember", "run_member"]
+__all__ = ["WorkerMember", "run_member", "worker_of"]
 
 #: Seconds between two looks at a member's memory, and the share of its time so far: a long run is told of less often.
 WEIGH, WEIGH_SHARE = 0.5, 1 / 200
@@ -92,7 +92,7 @@ class WorkerMember(Member):
     # Ending
 
     def fail(self, error: BaseException) -> None:
-        """Tell of a failure at once, before what cleaning up does to the peers makes them fail, too."""
+        """Tell of a failure at once."""
         if self._failed:
             return
         self._failed = True
@@ -111,6 +111,12 @@ class WorkerMember(Member):
         message = {"op": arbiter.OPERATION, "gang": self.gang, "attempt": self.attempt,
                    "rank": self.rank, "outcome": outcome, "left": left}  # fmt: skip
         self.worker.loop.add_callback(self.worker.batched_send, message)
+
+
+def worker_of(member: Member) -> Worker:
+    """The Dask worker in whose process a member is; a member in a child process has none."""
+    assert isinstance(member, WorkerMember)
+    return member.worker
 
 
 class _Weighing:
@@ -179,7 +185,7 @@ def _finish_members(worker: Worker, gang: str) -> None:
     """Stream handler on a worker: its members of a gang end after what they are at."""
     for (address, name, _), member in list(_members.items()):
         if address == worker.address and name == gang:
-            member.finishing = True
+            member.finish()
 
 
 @contextlib.contextmanager
@@ -213,7 +219,8 @@ def run_member(spec: MemberSpec) -> Any:
         if refused := answer.get("refused"):
             member.outcome = ""
             raise StaleMember(f"{spec.label}: {member.name} may not run here: {refused}")
-        member.finishing = member.finishing or answer.get("finishing", False)
+        if answer.get("finishing"):
+            member.finish()
         return _run_accepted(member)
 
 

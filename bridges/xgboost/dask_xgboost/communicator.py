@@ -18,8 +18,8 @@ from xgboost.core import XGBoostError
 from xgboost.tracker import RabitTracker
 
 from dask_bridges.errors import PlacementError
+from dask_bridges.member import Member
 from dask_bridges.ports import port_range
-from dask_bridges.task import WorkerMember
 from dask_xgboost.sockets import CollectiveSockets, send_at_once, shut_down_port
 
 __all__ = ["apart", "capture_log", "communicator", "is_collective_error"]
@@ -31,7 +31,7 @@ def is_collective_error(error: BaseException) -> bool:
 
 
 @contextlib.contextmanager
-def capture_log(member: WorkerMember) -> Iterator[None]:
+def capture_log(member: Member) -> Iterator[None]:
     """Send what XGBoost prints from this thread to the member's log.
 
     XGBoost keeps its log callback by thread, and its Python package sets one in
@@ -50,7 +50,7 @@ def capture_log(member: WorkerMember) -> Iterator[None]:
         core._check_call(core._LIB.XGBRegisterLogCallback(_DROP))
 
 
-def apart(member: WorkerMember, function: Callable[[], Any]) -> Any:
+def apart(member: Member, function: Callable[[], Any]) -> Any:
     """Call a function where XGBoost has no communicator, which it keeps by thread: for what a rank does alone."""
 
     def captured() -> Any:
@@ -120,7 +120,7 @@ class _Tracker:
 
 
 @contextlib.contextmanager
-def communicator(member: WorkerMember, host: str | None, port: int | str | tuple[int, int]) -> Iterator[None]:
+def communicator(member: Member, host: str | None, port: int | str | tuple[int, int]) -> Iterator[None]:
     """Join the gang's collective; training inside it is distributed. A gang of one needs none.
 
     Parameters
@@ -159,7 +159,7 @@ def communicator(member: WorkerMember, host: str | None, port: int | str | tuple
             tracker.free()
 
 
-def _join(member: WorkerMember, sockets: CollectiveSockets, args: dict[str, Any]) -> tuple[str, int]:
+def _join(member: Member, sockets: CollectiveSockets, args: dict[str, Any]) -> tuple[str, int]:
     """Join the group that gathers at the tracker, and say where; who is asked to stop is blocked in it no longer."""
     there = (str(args["dmlc_tracker_uri"]), int(args["dmlc_tracker_port"]))
     member.on_stop(functools.partial(sockets.break_connections_to, there))

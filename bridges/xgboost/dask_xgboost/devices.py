@@ -1,9 +1,10 @@
-"""GPUs to train on: a rank trains in its worker's own process, so on the one that its worker owns."""
+"""GPUs to train on: those that workers own, for ranks in their processes, or any of their host's, for children."""
 
 from __future__ import annotations
 
 import contextlib
 import os
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,12 +13,12 @@ from distributed import Client
 
 from dask_bridges import config
 from dask_bridges.devices import Device, devices_here, leases_here
-from dask_bridges.devices.members import Wanted, leased_together
+from dask_bridges.devices.members import Wanted, leased_together, with_devices
 from dask_bridges.errors import PlacementError
 from dask_bridges.placement import WorkerInfo
 from dask_bridges.task import WorkerMember
 
-__all__ = ["own_gpu", "wants_gpus", "with_own_gpus"]
+__all__ = ["OnGPUs", "on_gpus", "own_gpu", "wants_gpus"]
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 
@@ -36,8 +37,8 @@ def wants_gpus(params: Mapping[str, Any]) -> bool:
         return False
     if colon:
         raise ValueError(
-            f"device={device!r}: each worker trains on the one GPU that it owns, whatever its number: use "
-            f"device={kind!r}, and choose workers by workers="
+            f"device={device!r}: each rank has one GPU, and sees no other: use device={kind!r}, and choose workers by "
+            "workers="
         )
     return True
 
@@ -58,45 +59,64 @@ def look_here() -> _Seen:
     return _Seen(own, len(devices), os.getpid())
 
 
-async def with_own_gpus(
-    client: Client, workers: Sequence[WorkerInfo], *, named: bool, timeout: float | str | None
-) -> tuple[list[WorkerInfo], dict[str, Wanted]]:
-    """Those of `workers` that own a GPU, and what the ranks there want: that GPU, whatever the worker uses of it.
+@dataclass(frozen=True)
+class OnGPUs:
+    """Who trains on which GPU.
+
+    Attributes
+    ----------
+    workers : list of WorkerInfo
+    wanted : mapping of str to Wanted
+        Of each, by its address: the GPU that it owns, or one of its host's.
+    owned : bool
+        Whether they are the workers' own, and ranks train in these workers' processes; in children of them if not.
+    """
+
+    workers: list[WorkerInfo]
+    wanted: Mapping[str, Wanted]
+    owned: bool
+
+
+async def on_gpus(
+    client: Client, workers: Sequence[WorkerInfo], label: str, *, named: bool, owned: bool, timeout: float | str | None
+) -> OnGPUs:
+    """A GPU for each of `workers`, as far as there are any.
+
+    Ranks train in their workers' own processes if every worker that sees GPUs owns one, and there are such; in
+    children of these if not, and where it is not to be `owned` ones.
 
     Raises
     ------
     PlacementError
-        If none does, or one of those that were `named` does not; it says why.
+        If there is none, or none for one of those that were `named`.
     """
+    limit = config.seconds("timeout", timeout)
+    there = await _of_owners(client, workers, limit) if owned else None
+    if there is None:
+        there = OnGPUs(*await with_devices(client, workers, 1, label, timeout), owned=False)
+    if named and len(there.workers) < len(workers):
+        lacking = ", ".join(worker.address for worker in workers if worker not in there.workers)
+        having = ", ".join(worker.address for worker in there.workers)
+        raise PlacementError(
+            f"device='cuda' is a GPU for each of the workers named, and there is none for {lacking}: they see none, or "
+            f"there are fewer GPUs than workers on their host. Name those that have one, {having}, by workers="
+        )
+    return there
+
+
+async def _of_owners(client: Client, workers: Sequence[WorkerInfo], limit: float) -> OnGPUs | None:
+    """The workers that own a GPU; None where there are none, or some see GPUs of which they own none."""
     seen: dict[str, _Seen] = await client.run(look_here, workers=[worker.address for worker in workers])
-    owners: dict[tuple[str, str], list[str]] = {}
-    for worker in workers:
-        if (own := seen[worker.address].own) is not None:
-            owners.setdefault((worker.host, own.key), []).append(worker.address)
-    limit, wanted, lacking = config.seconds("timeout", timeout), {}, []
+    owners = Counter((worker.host, own.key) for worker in workers if (own := seen[worker.address].own) is not None)
+    owning, wanted = [], {}
     for worker in workers:
         its = seen[worker.address]
-        shared = owners[worker.host, its.own.key] if its.own else []
-        if its.own is not None and shared == [worker.address]:
+        if its.own is not None and owners[worker.host, its.own.key] == 1:
+            owning.append(worker)
             wanted[worker.address] = Wanted(1, (its.own,), limit, frozenset({its.pid}))
-        else:
-            lacking.append(f"{worker.address} {_why_not(its, [other for other in shared if other != worker.address])}")
-    if not wanted or (named and lacking):
-        raise PlacementError(
-            "device='cuda' trains in a worker's own process, on the GPU that this worker owns:\n  "
-            + "\n  ".join(lacking)
-            + f"\nStart one worker a GPU, each with its own first in {VISIBLE}, as dask-cuda's LocalCUDACluster and "
-            "`dask cuda worker` do; or train in jobs of a dask_bridges.jobs.DevicePool"
-        )
-    return [worker for worker in workers if worker.address in wanted], wanted
-
-
-def _why_not(its: _Seen, others: Sequence[str]) -> str:
-    if its.own is not None:
-        return f"has GPU {its.own.name} first, and so has {', '.join(others)}: name one of them by workers="
-    if its.count:
-        return f"sees {its.count} GPUs, and no {VISIBLE} names one of them as its own"
-    return "sees none: neither NVML (is nvidia-ml-py installed there?) nor its CUDA_VISIBLE_DEVICES names one"
+        elif its.count:
+            return None
+    return OnGPUs(owning, wanted, owned=True) if owning else None
 
 
 @contextlib.contextmanager

@@ -11,8 +11,9 @@ from typing import Any
 import xgboost as xgb
 
 from dask_bridges.errors import BridgeError, DataError
+from dask_bridges.member import Member
 from dask_bridges.processes import folders
-from dask_bridges.task import WorkerMember
+from dask_bridges.task import worker_of
 
 __all__ = ["ExternalMatrix", "cache_folder", "checked"]
 
@@ -36,7 +37,7 @@ def checked(external_memory: bool | str | os.PathLike[str]) -> bool | str:
     return path
 
 
-def cache_folder(member: WorkerMember, where: bool | str) -> folders.Folder:
+def cache_folder(member: Member, where: bool | str) -> folders.Folder:
     """A new folder for one matrix, private to the user; those whose worker has died are removed first.
 
     Raises
@@ -44,7 +45,8 @@ def cache_folder(member: WorkerMember, where: bool | str) -> folders.Folder:
     DataError
         If there can be none.
     """
-    local = Path(member.worker.local_directory)
+    worker = worker_of(member)
+    local = Path(worker.local_directory)
     base = local if where is True else Path(str(where))
     # Dask removes the local directory of a worker that is gone, but only once another starts.
     folders.sweep(base, *(local.parent.glob("worker-*") if where is True else ()))
@@ -52,7 +54,7 @@ def cache_folder(member: WorkerMember, where: bool | str) -> folders.Folder:
         return folders.make(base, f"xgboost-{uuid.uuid4().hex}")
     except (OSError, BridgeError) as error:
         raise DataError(
-            f"external_memory={where!r}: {member.name} on worker {member.worker.address} can make no folder in {base}: "
+            f"external_memory={where!r}: {member.name} on worker {worker.address} can make no folder in {base}: "
             f"{error}. Give a folder that is there on all workers and can be written to"
         ) from error
 

@@ -1,4 +1,4 @@
-"""A rank's part of a matrix, built from one block at a time of its worker's store."""
+"""A rank's part of a matrix, built from one block at a time of its worker's store, or of files that its child reads."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ import numpy as np
 import xgboost as xgb
 
 from dask_bridges import partitions
+from dask_bridges.member import Member
 from dask_bridges.partitions.blocks import size_of
-from dask_bridges.task import WorkerMember
+from dask_bridges.processes.inputs import Inputs
+from dask_bridges.task import worker_of
 from dask_xgboost import cuts
 from dask_xgboost.blocks import as_array, recode, split
 from dask_xgboost.external import ExternalMatrix, cache_folder
@@ -21,7 +23,11 @@ from dask_xgboost.gathering import all_gather
 from dask_xgboost.matrixspec import MatrixSpec
 from dask_xgboost.quantiles import Collected, compress_all, quantiles, summarise
 
-__all__ = ["Binning", "build", "common_cuts"]
+__all__ = ["FOLDER", "Binning", "build", "common_cuts"]
+
+#: The descriptor by which a rank in a child process knows the folder of its partitions, and where that is.
+FOLDER = 250
+FEEDS = f"/proc/self/fd/{FOLDER}"
 
 #: Bytes of summaries: with more, ranks bring theirs down to as much as one block's.
 _GATHERED = 1 << 26
@@ -38,9 +44,12 @@ class Binning:
     nthread: int
 
 
-def _block(member: WorkerMember, spec: MatrixSpec, key: Any) -> tuple[Any, dict[str, Any]]:
+def _block(member: Member, spec: MatrixSpec, key: Any) -> tuple[Any, dict[str, Any]]:
     """Features and fields as XGBoost takes them, groups together."""
-    part = partitions.take(member.worker, key, aside=bool(spec.options.external_memory))
+    if isinstance(key, Inputs):
+        (part,) = key.open(FEEDS)
+    else:
+        part = partitions.take(worker_of(member), key, aside=bool(spec.options.external_memory))
     X, fields = split(part, dict(spec.columns))
     X = recode(X, spec.categories)
     ready = {name: as_array(values) for name, values in fields.items() if name != "qid"}
@@ -64,7 +73,7 @@ class _Blocks(xgb.DataIter):  # type: ignore[misc]
     XGBoost reads them four times, and three with a reference; in external memory once less.
     """
 
-    def __init__(self, member: WorkerMember, spec: MatrixSpec, empty: Any, cache: str | None) -> None:
+    def __init__(self, member: Member, spec: MatrixSpec, empty: Any, cache: str | None) -> None:
         self.member = member
         self.spec = spec
         self.empty = empty
@@ -105,9 +114,7 @@ class _Blocks(xgb.DataIter):  # type: ignore[misc]
             tally.fed(partitions.rows_of(X), size_of(X))
 
 
-def build(
-    member: WorkerMember, spec: MatrixSpec, binning: Binning, *, ref: Any = None, empty: Any = None
-) -> tuple[Any, Any]:
+def build(member: Member, spec: MatrixSpec, binning: Binning, *, ref: Any = None, empty: Any = None) -> tuple[Any, Any]:
     """Bin the blocks of this rank.
 
     Parameters
@@ -147,7 +154,7 @@ def build(
     return matrix, blocks.prototype
 
 
-def common_cuts(member: WorkerMember, spec: MatrixSpec, binning: Binning) -> dict[int, Any]:
+def common_cuts(member: Member, spec: MatrixSpec, binning: Binning) -> dict[int, Any]:
     """The left edges of bins, by column, at the quantiles of the rows of all ranks, which find them together.
 
     The rank of each is within a ``1 / (4 * max_bin)`` of the exact one. They do not depend on where blocks lie,

@@ -30,7 +30,7 @@ class MatrixSpec:
     Attributes
     ----------
     keys : tuple
-        Of the parts in the worker's store, in order.
+        Of the parts in the worker's store, in order; for a child process, `Inputs` of one part each.
     columns : tuple of (str, str)
         Fields that are columns of X.
     categories : dict

@@ -15,7 +15,10 @@ from dask_bridges.errors import PlacementError
 from dask_bridges.partitions import Partitions
 from dask_bridges.placement import WorkerInfo
 
-__all__ = ["Places"]
+__all__ = ["LABEL", "Places"]
+
+#: What a training is called where somebody waits for its places.
+LABEL = "XGBoost training"
 
 #: Seconds between looks at whether enough workers have come.
 _LOOK_AGAIN = 0.2

@@ -6,7 +6,7 @@ import contextlib
 import functools
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -14,11 +14,10 @@ import xgboost as xgb
 from xgboost import collective
 
 from dask_bridges.devices.members import Wanted
+from dask_bridges.member import Member
 from dask_bridges.tally import slept
-from dask_bridges.task import WorkerMember
 from dask_xgboost.boosting import Rounds
 from dask_xgboost.communicator import capture_log, communicator
-from dask_xgboost.devices import own_gpu
 from dask_xgboost.folds import Folds, masks
 from dask_xgboost.metrics import AREAS, GlobalMetrics, in_order, metric_names, without
 from dask_xgboost.ready import Agreed, MatricesSpec, agree, ready
@@ -64,7 +63,7 @@ class TrainSpec:
     state : State or None
         To go on from.
     devices : Wanted or None
-        Its worker's GPU.
+        The GPUs of which it has one.
     finishing : bool
         Whether an earlier attempt was asked to stop.
     folds : Folds or None
@@ -79,6 +78,17 @@ class TrainSpec:
     devices: Wanted | None = None
     finishing: bool = False
     folds: Folds | None = None
+
+    def using(self, threads: int) -> TrainSpec:
+        """With the user's number of threads, by either of its names; so many for none, or a number below one."""
+
+        def told(params: dict[str, Any]) -> dict[str, Any]:
+            wanted = int(params.get("nthread", params.get("n_jobs", 0)))
+            rest = {name: value for name, value in params.items() if name != "n_jobs"}
+            return {**rest, "nthread": wanted if wanted > 0 else threads}
+
+        folds = self.folds and replace(self.folds, params=tuple(map(told, self.folds.params)))
+        return replace(self, loop=replace(self.loop, params=told(self.loop.params)), folds=folds)
 
 
 @dataclass(frozen=True)
@@ -100,16 +110,15 @@ class TrainResult:
     agreed: Agreed
 
 
-def train_rank(member: WorkerMember, spec: TrainSpec) -> TrainResult | None:
+def train_rank(member: Member, spec: TrainSpec, built: Callable[[], object] = int) -> TrainResult | None:
     """Train one rank; rank 0 returns the result.
 
     The communicator and the training share this thread: XGBoost's
-    communicator is thread-local.
+    communicator is thread-local. `built` is called once the partitions are not needed any more.
     """
     loop = spec.loop
     member.finishing |= spec.finishing
     with (
-        own_gpu(member, spec.devices),
         capture_log(member),
         xgb.config_context(**loop.config),
         communicator(member, loop.tracker_host, loop.tracker_port),
@@ -117,7 +126,7 @@ def train_rank(member: WorkerMember, spec: TrainSpec) -> TrainResult | None:
         _nothing_held_by_errors(),
     ):
         agreed = agree(member, spec.matrices, held)
-        booster, history = (None, {}) if agreed.lacking else _trained(member, spec, agreed, held)
+        booster, history = (None, {}) if agreed.lacking else _trained(member, spec, agreed, held, built)
     return TrainResult(booster, history, loop.callbacks, agreed) if member.rank == 0 else None
 
 
@@ -135,9 +144,10 @@ def _nothing_held_by_errors() -> Iterator[None]:
 
 
 def _trained(
-    member: WorkerMember, spec: TrainSpec, agreed: Agreed, held: Sequence[Built | None]
+    member: Member, spec: TrainSpec, agreed: Agreed, held: Sequence[Built | None], built: Callable[[], object]
 ) -> tuple[xgb.Booster | None, Any]:
-    matrices = ready(member, spec.matrices, agreed, held, int(_threads(member, spec.loop.params)))
+    matrices = ready(member, spec.matrices, agreed, held, spec.loop.params["nthread"])
+    built()
     with member.span("compute"):
         try:
             if spec.folds is not None:
@@ -147,14 +157,8 @@ def _trained(
             member.tally.tell("compute", now=True)
 
 
-def _threads(member: WorkerMember, params: dict[str, Any]) -> Any:
-    """The user's number of threads, by either of its names; the worker's for none, or a number below one."""
-    wanted = params.get("nthread", params.get("n_jobs", 0))
-    return wanted if int(wanted) > 0 else member.worker.state.nthreads
-
-
 def _boost(
-    member: WorkerMember, spec: TrainSpec, matrix: Any, evals: list[tuple[Any, str]]
+    member: Member, spec: TrainSpec, matrix: Any, evals: list[tuple[Any, str]]
 ) -> tuple[xgb.Booster, dict[str, Any]]:
     loop = spec.loop
     params, areas, custom = _told(member, loop, loop.params, matrix)
@@ -182,11 +186,10 @@ def _boost(
 
 
 def _told(
-    member: WorkerMember, loop: Loop, given: dict[str, Any], matrix: Any
+    member: Member, loop: Loop, given: dict[str, Any], matrix: Any
 ) -> tuple[dict[str, Any], list[str], GlobalMetrics | None]:
     """What XGBoost is told: parameters; which of their metrics are computed here; these, with the user's own."""
-    params = {**given, "nthread": _threads(member, given)}
-    params.pop("n_jobs", None)
+    params = dict(given)
     if "random_state" in params:
         params["seed"] = params.pop("random_state")
     areas: list[str] = []
@@ -203,7 +206,7 @@ def _callbacks(loop: Loop) -> list[Any]:
     return [*loop.callbacks, stopping]
 
 
-def _cross_validated(member: WorkerMember, loop: Loop, folds: Folds, matrix: Any) -> list[History]:
+def _cross_validated(member: Member, loop: Loop, folds: Folds, matrix: Any) -> list[History]:
     """The history of each set of parameters."""
     told = [_told(member, loop, given, matrix) for given in folds.params]
     proxied = any(custom is not None for *_, custom in told)
@@ -234,7 +237,7 @@ def _cross_validated(member: WorkerMember, loop: Loop, folds: Folds, matrix: Any
     return histories
 
 
-def _agreed(member: WorkerMember, wanted: bool) -> bool:
+def _agreed(member: Member, wanted: bool) -> bool:
     """Whether the ranks end here, since one wants to: it must not leave the others waiting for it."""
     if member.world_size == 1:
         return bool(wanted)
@@ -251,7 +254,7 @@ class _Report(xgb.callback.TrainingCallback):  # type: ignore[misc]
     """Runs first after each round: puts the metrics in the user's order, and tells the client."""
 
     def __init__(
-        self, member: WorkerMember, total: int, wanted: list[str], evals: list[tuple[Any, str]], custom: Any
+        self, member: Member, total: int, wanted: list[str], evals: list[tuple[Any, str]], custom: Any
     ) -> None:
         self.member = member
         self.total = total
@@ -301,7 +304,7 @@ class _Report(xgb.callback.TrainingCallback):  # type: ignore[misc]
 class _Finish(xgb.callback.TrainingCallback):  # type: ignore[misc]
     """Ends the training after a round, last of all callbacks, where somebody has asked for it."""
 
-    def __init__(self, member: WorkerMember) -> None:
+    def __init__(self, member: Member) -> None:
         self.member = member
 
     def after_iteration(self, model: Any, epoch: int, evals_log: Any) -> bool:

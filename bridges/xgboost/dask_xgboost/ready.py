@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 from xgboost import collective
 
-from dask_bridges.task import WorkerMember
+from dask_bridges.member import Member
+from dask_bridges.task import worker_of
 from dask_xgboost import cuts
 from dask_xgboost.communicator import apart
 from dask_xgboost.gathering import all_gather
@@ -66,7 +67,7 @@ class Agreed:
     cuts: tuple[Any, Any] | None = None
 
 
-def agree(member: WorkerMember, spec: MatricesSpec, held: Sequence[Built | None]) -> Agreed:
+def agree(member: Member, spec: MatricesSpec, held: Sequence[Built | None]) -> Agreed:
     """Tell the other ranks what is held here, and hear what they hold."""
     number = len(spec.each)
     if not spec.resident:
@@ -74,7 +75,7 @@ def agree(member: WorkerMember, spec: MatricesSpec, held: Sequence[Built | None]
     train, *others = held
     code = 0 if train is None else train.checksum()
     mine = [code, *(other is not None and other.checksum() == code for other in others)]
-    there = [each.there(member.worker) for each in spec.each]
+    there = [each.there(worker_of(member)) for each in spec.each]
     of_all = all_gather(np.array([*mine, *there], dtype="int64")).reshape(member.world_size, -1)
     had, partitions = of_all[:, :number] != 0, of_all[:, number:] != 0
     had &= had[:, :1]  # evaluation sets are binned as the training set is
@@ -90,7 +91,7 @@ def agree(member: WorkerMember, spec: MatricesSpec, held: Sequence[Built | None]
     return Agreed(had, lacking, edges, before)
 
 
-def _recipe(member: WorkerMember, spec: MatricesSpec, train: Built | None) -> tuple[Any, Any]:
+def _recipe(member: Member, spec: MatricesSpec, train: Built | None) -> tuple[Any, Any]:
     """The edges of a matrix, or else its cuts, if these can be had again."""
     assert train is not None
     if train.edges is not None:
@@ -101,9 +102,7 @@ def _recipe(member: WorkerMember, spec: MatricesSpec, train: Built | None) -> tu
     return None, None if again is None else found
 
 
-def ready(
-    member: WorkerMember, spec: MatricesSpec, agreed: Agreed, held: Sequence[Built | None], nthread: int
-) -> list[Any]:
+def ready(member: Member, spec: MatricesSpec, agreed: Agreed, held: Sequence[Built | None], nthread: int) -> list[Any]:
     """The matrices, of which those that are not there are built, and left to the client where it wants them."""
     binning = Binning(spec.max_bin, nthread)
     found = [built if there else None for built, there in zip(held, agreed.had[member.rank])]
@@ -124,13 +123,13 @@ def ready(
     return matrices
 
 
-def _leave(member: WorkerMember, spec: MatrixSpec, built: Built) -> None:
+def _leave(member: Member, spec: MatrixSpec, built: Built) -> None:
     if spec.token is not None:
         offered(member, spec.token, built)
 
 
 def _reference(
-    member: WorkerMember, spec: MatricesSpec, agreed: Agreed, binning: Binning
+    member: Member, spec: MatricesSpec, agreed: Agreed, binning: Binning
 ) -> tuple[Any, dict[int, Any] | None]:
     """What to bin the training set against, and the edges of its bins; None where XGBoost's sketch finds cuts."""
     train = spec.each[0]

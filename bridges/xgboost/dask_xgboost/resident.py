@@ -19,7 +19,8 @@ from typing import Any
 import xgboost as xgb
 from distributed import Client, Future, Worker, get_worker
 
-from dask_bridges.task import WorkerMember
+from dask_bridges.member import Member
+from dask_bridges.task import worker_of
 
 __all__ = ["Built", "Resident", "Residents", "disown", "lent", "offered"]
 
@@ -81,21 +82,22 @@ class Resident:
 _offered: dict[tuple[str, str], Built] = {}  # by worker and token
 
 
-def offered(member: WorkerMember, token: str, built: Built) -> None:
+def offered(member: Member, token: str, built: Built) -> None:
     """Leave what was built to the client, for a while."""
-    key = (member.worker.address, token)
+    worker = worker_of(member)
+    key = (worker.address, token)
     _offered[key] = built
-    loop = member.worker.loop
+    loop = worker.loop
     loop.add_callback(loop.call_later, LEFT_FOR, _offered.pop, key, None)
 
 
 @contextlib.contextmanager
-def lent(member: WorkerMember, keys: Sequence[str | None]) -> Iterator[list[Built | None]]:
+def lent(member: Member, keys: Sequence[str | None]) -> Iterator[list[Built | None]]:
     """What is there under these keys, for one training at a time; None where nothing is left, or another has it."""
     found: list[Built | None] = []
     with contextlib.ExitStack() as stack:
         for key in keys:
-            held = None if key is None else member.worker.data.get(key)
+            held = None if key is None else worker_of(member).data.get(key)
             built = held.built if isinstance(held, Resident) else None
             if built is not None and built._used.acquire(blocking=False):
                 stack.callback(built._used.release)

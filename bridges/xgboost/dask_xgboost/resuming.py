@@ -16,7 +16,7 @@ import numpy as np
 
 from dask_bridges.checkpoints import Checkpoints
 from dask_bridges.errors import DataError
-from dask_bridges.task import WorkerMember
+from dask_bridges.member import Member
 
 __all__ = ["Keeper", "Keeping", "State", "at", "load", "plain", "restore"]
 
@@ -104,7 +104,7 @@ class Keeper:
         Of the training matrix.
     """
 
-    def __init__(self, member: WorkerMember, keeping: Keeping, callbacks: Sequence[Any], cuts: Cuts) -> None:
+    def __init__(self, member: Member, keeping: Keeping, callbacks: Sequence[Any], cuts: Cuts) -> None:
         self._member, self._keeping, self._callbacks, self._cuts = member, keeping, callbacks, cuts
 
     def keep(self, booster: Any, history: Any, done: int) -> None:

@@ -11,9 +11,9 @@ from dask_bridges.devices.members import Wanted
 from dask_bridges.placement import WorkerInfo
 from dask_xgboost import dmatrix
 from dask_xgboost.datasets import Datasets
-from dask_xgboost.devices import with_own_gpus
+from dask_xgboost.devices import on_gpus
 from dask_xgboost.dmatrix import PACKAGES
-from dask_xgboost.places import Places
+from dask_xgboost.places import LABEL, Places
 from dask_xgboost.replacing import replace
 from dask_xgboost.residency import Residency
 from dask_xgboost.resuming import Placement
@@ -39,6 +39,8 @@ class Seating:
         The rank of each partition, by matrix.
     devices : mapping of str to Wanted
         By the workers' addresses, where GPUs train.
+    owned : bool
+        Whether ranks train in their workers' processes.
     newly : list of WorkerInfo
         The workers of the ranks to which data were brought the first time.
     """
@@ -49,6 +51,7 @@ class Seating:
         self.ranks: list[str] = []
         self.placement: Placement = ()
         self.devices: Mapping[str, Wanted] = {}
+        self.owned = True
         self.newly: list[WorkerInfo] = []
 
     async def place(self) -> None:
@@ -100,14 +103,14 @@ class Seating:
         return await self._with_gpus(await self._places.usable(self._client))
 
     async def _with_gpus(self, workers: list[WorkerInfo]) -> list[WorkerInfo]:
-        """Those that own a GPU, where GPUs train."""
+        """Those that have a GPU, where GPUs train; once children have trained, they do so after a loss, too."""
         if not self._sets.gpus:
             return workers
         await self._check_packages([worker.address for worker in workers])
-        workers, self.devices = await with_own_gpus(
-            self._client, workers, named=self._places.workers is not None, timeout=self._places.timeout
-        )
-        return workers
+        named, timeout = self._places.workers is not None, self._places.timeout
+        there = await on_gpus(self._client, workers, LABEL, named=named, owned=self.owned, timeout=timeout)
+        self.devices, self.owned = there.wanted, there.owned
+        return there.workers
 
     async def _check_packages(self, workers: Sequence[str]) -> None:
         await placement.check_packages(self._client, workers, PACKAGES, remedy=' ("dask-bridges[xgboost]")')

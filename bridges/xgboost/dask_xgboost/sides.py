@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import xgboost as xgb
 
-from dask_bridges.task import WorkerMember
+from dask_bridges.member import Member
 from dask_xgboost.communicator import apart
 from dask_xgboost.folds import Folds
 from dask_xgboost.gathering import all_gather
@@ -117,7 +117,7 @@ class _Groups(Side):
 
 
 def sides_of(
-    member: WorkerMember, matrix: Any, folds: Folds, pairs: Sequence[tuple[Any, Any]], *, proxied: bool
+    member: Member, matrix: Any, folds: Folds, pairs: Sequence[tuple[Any, Any]], *, proxied: bool
 ) -> list[dict[str, Side]]:
     """What each booster is evaluated on, by name; `proxied` where metrics are functions."""
     kind = _Groups if folds.grouped else Side

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import pickle
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,8 +22,9 @@ from dask_xgboost.datasets import Datasets
 from dask_xgboost.dealing import Asked
 from dask_xgboost.devices import wants_gpus
 from dask_xgboost.dmatrix import DMatrix
-from dask_xgboost.places import Places
-from dask_xgboost.rank import Loop, TrainResult, train_rank
+from dask_xgboost.hosting import train_here, train_in_child
+from dask_xgboost.places import LABEL, Places
+from dask_xgboost.rank import Loop, TrainResult
 from dask_xgboost.residency import Residency
 from dask_xgboost.resuming import Keeping, State
 from dask_xgboost.seating import Seating
@@ -32,8 +34,6 @@ from dask_xgboost.warned import warn_of_memory, warn_of_objective
 __all__ = ["Supervised"]
 
 logger = logging.getLogger(__name__)
-
-LABEL = "XGBoost training"
 
 #: A training is given up when so many attempts, one after the other, have come no further than those before.
 BARREN = 2
@@ -199,7 +199,7 @@ class Supervised:
         ranks = self._seating.ranks
         plan = GangPlan(
             label=LABEL,
-            function=train_rank,
+            function=train_here if self._seating.owned else train_in_child,
             payloads=self._told.specs(self._seating, self._residency, state, finishing=self._finishing),
             workers=ranks,
             collateral=is_collective_error,
@@ -211,8 +211,8 @@ class Supervised:
         self._gang = gang = Gang(self.client, plan, number)
         for listener in (reached, *self.listeners):
             gang.events.listen(listener)
-        result: TrainResult = (await gang.run())[0]
-        return result
+        result: TrainResult | bytes = (await gang.run())[0]
+        return pickle.loads(result) if isinstance(result, bytes) else result
 
     async def _stored(self) -> State | None:
         """What the store has; nothing without one."""

@@ -88,8 +88,9 @@ def train(
         None for the current one. With an asynchronous client the result is awaitable.
     params : mapping
         XGBoost's parameters. ``nthread`` is each worker's number of threads unless set. With
-        ``device="cuda"`` each rank has the GPU that its worker owns for itself: the first of that worker's
-        ``CUDA_VISIBLE_DEVICES``, as dask-cuda starts them. Workers that own none take no part.
+        ``device="cuda"`` each rank has a GPU for itself: in its worker's own process where every worker that sees
+        GPUs owns one, the first of its ``CUDA_VISIBLE_DEVICES``, as dask-cuda starts them; else in a child process
+        of the worker, on one of its host's.
     X : dask dataframe, dask array, or DMatrix
         Shape (rows, features). See `DMatrix` for what it may hold.
     y : dask array, series, or str
@@ -180,7 +181,7 @@ def train(
         If the data cannot be trained on; says which collection, partition, column.
     PlacementError
         If workers are missing, paused, or lack XGBoost in the client's version; with ``device="cuda"``, if
-        none owns a GPU, or others hold it for too long.
+        none has a GPU, or others hold it for too long.
     GangTimeout
         If the workers were not free in time.
     MemberFailed

@@ -18,7 +18,7 @@ import numpy as np
 import xgboost as xgb
 from xgboost.training import _PackedBooster
 
-from dask_bridges.task import WorkerMember
+from dask_bridges.member import Member
 from dask_xgboost.metrics import in_order
 from dask_xgboost.sides import Side
 
@@ -109,7 +109,7 @@ def _left_out(obj: Callable[..., Any], mask: Any, predictions: Any, matrix: Any)
 
 
 def cross_validate(
-    member: WorkerMember,
+    member: Member,
     matrix: Any,
     sides: Sequence[dict[str, Side]],
     run: Run,

@@ -23,12 +23,12 @@ from dask_bridges.devices import Device, Holder, leases_here
 from dask_bridges.dispatcher import GIVE_BACK
 from dask_bridges.events import Event, Log
 from dask_bridges.jobs import job as in_child
-from dask_bridges.jobs.calls import Inputs
 from dask_bridges.jobs.events import JobLog, Offered, Ran
 from dask_bridges.jobs.job import FOLDER, Work
 from dask_bridges.jobs.results import opened
 from dask_bridges.jobs.spares import Spares
 from dask_bridges.processes import Child, Environment
+from dask_bridges.processes.inputs import Inputs
 from dask_bridges.processes.interpreter import guard_current_frames
 from dask_bridges.processes.memberspool import member_spool
 from dask_bridges.processes.spool import Spool
@@ -220,20 +220,15 @@ class _Host:
     @contextlib.contextmanager
     def _work(self, spec: JobSpec, values: tuple[Any, ...], lease: Any) -> Iterator[Work]:
         """What the process is told; large inputs are in the spool as long as it works."""
-        inputs, large = Inputs.of(values) if values else (Inputs(), {})
-        if large:
-            inputs = dataclasses.replace(inputs, feed=spec.key)
-            with self._spool.writer(spec.key) as writer:
-                for file, array in large.items():
-                    writer.array(file, array)
+        inputs = Inputs.of(values, self._spool, spec.key) if values else Inputs()
         whole = min(device.memory for device in lease.devices)
         memory = spec.memory or (int(whole * lease.share) if lease.share < 1 else 0)
         names = tuple(device.name for device in lease.devices)
         try:
             yield Work(spec.key, spec.call, inputs, names, lease.share, memory, spec.limits)
         finally:
-            if large:
-                self._spool.drop(spec.key)
+            if inputs.feed:
+                self._spool.drop(inputs.feed)
 
     async def extend(self, more: tuple[Device, ...], ignored: frozenset[int]) -> None:
         """Offer more devices, which workers have brought that came later."""

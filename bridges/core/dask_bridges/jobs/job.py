@@ -13,9 +13,10 @@ from typing import Any
 import wrapt
 from distributed.protocol.pickle import dumps
 
-from dask_bridges.jobs.calls import Inputs, unpack
+from dask_bridges.jobs.calls import unpack
 from dask_bridges.jobs.events import Reported
 from dask_bridges.processes import ChildMember
+from dask_bridges.processes.inputs import Inputs
 
 __all__ = ["FOLDER", "Job", "Work", "run_here"]
 

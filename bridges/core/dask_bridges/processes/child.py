@@ -3,7 +3,8 @@
 What it says to its host, the member in the worker: ``("event", message)``,
 ``("ask", number, method, request)``, ``("keep", step, state)``, ``("alive",)``, and last ``("result",
 pickle)``, ``("raised", pickled exception, pickled traceback)``, ``("exited",
-text)`` or ``("stopped", reason)``. What it is told: ``("stop", reason)``,
+text)`` or ``("stopped", reason)``; before these, while it cleans up, ``("fails", …)`` with
+the same words. What it is told: ``("stop", reason)``, ``("finish",)``,
 ``("answer", number, answer)``, and ``("call", number, pickle)``, to which it says
 ``("answer", number, …)`` with words like its last.
 """
@@ -69,6 +70,10 @@ class ChildMember(Member):
         """Keep a state in the worker's memory, whole or not at all, in place of the one before."""
         self.say("keep", step, state)
 
+    def fail(self, error: BaseException) -> None:
+        """Have the host tell of a failure at once."""
+        self.say("fails", *_raised(error))
+
     def leave(self) -> None:
         """End this process at once, as a member that was asked to stop; other threads and what they hold are left."""
         self.say("stopped", self.stopping or "")
@@ -100,6 +105,8 @@ class ChildMember(Member):
         match words:
             case ("stop", reason):
                 self.stop(reason)
+            case ("finish",):
+                self.finish()
             case ("answer", number, answer):
                 self._answers.pop(number).put(answer)
             case ("call", number, call):

@@ -156,7 +156,9 @@ class Child:
         with contextlib.suppress(EOFError, OSError):  # it has ended, however
             self._forked.begin(work, self._descriptors, self._variables)
             self._working.set()
-            self.member.on_stop(self._stop)  # not before: the child reads its work first
+            # Not before: the child reads its work first.
+            self.member.on_stop(self._stop)
+            self.member.on_finish(lambda: self._say("finish"))
 
     def finish(self) -> Any:
         """The second half of `run`."""
@@ -215,6 +217,8 @@ class Child:
                 threading.Thread(target=self._answer, args=(number, method, request), daemon=True).start()
             case ("keep", step, state):
                 self.member.keep(step, state)
+            case ("fails", *error):
+                self._fail(tuple(error))
             case ("answer", number, *answer):
                 self._calls.pop(number).set_result(tuple(answer))
             case _:
@@ -227,6 +231,12 @@ class Child:
         except OSError as gone:
             answer = {"ended": f"the scheduler is gone: {gone}"}
         self._say("answer", number, answer)
+
+    def _fail(self, words: tuple[Any, ...]) -> None:
+        try:
+            self._outcome(words)
+        except Exception as error:
+            self.member.fail(error)
 
     def _say(self, *words: Any) -> None:
         with contextlib.suppress(OSError), self._sending:
