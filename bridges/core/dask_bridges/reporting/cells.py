@@ -55,11 +55,12 @@ def member_cells(run: Run) -> list[list[str]]:
 def attempt_cells(run: Run) -> list[list[str]]:
     """How long each attempt lasted, and how it ended; the first row is the heads."""
     return [
-        ["attempt", "gang", "lasted", "end"],
+        ["attempt", "gang", "members", "lasted", "end"],
         *(
             [
                 str(each.number),
                 each.gang,
+                str(sum(str(each.number) in row.workers for row in run.rows.values())),
                 f"{each.ended - each.began:.2f} s" if each.ended else "",
                 each.error or "finished",
             ]
