@@ -66,7 +66,8 @@ def figures(story: Story, shares: Shares) -> list[Chart]:
         "The clocks of the hosts are taken as they are."
     )
     computing.min_border_left = timeline.min_border_left = 50 + 7 * max((len(each.name) for each in rows), default=0)
-    charts = [Chart("Timeline", {"timeline": timeline}, note), Chart("Members that compute", {"computing": computing})]
+    who = "Devices" if any(each.row.device for each in rows) else "Members"
+    charts = [Chart("Timeline", {"timeline": timeline}, note), Chart(f"{who} that compute", {"computing": computing})]
     if curves := dict(_curves(story)):
         charts.append(Chart("Learning curves", curves))
     if fed := dict(_fed(story, rows, timeline.x_range)):
@@ -185,7 +186,7 @@ def _computing(story: Story, shares: Shares, x_range: Any) -> Any:
     most = max(1.0, float(np.ceil(shares.computing.max(initial=0.0) - 1e-6)))
     chart = _figure(
         width=WIDTH, height=150, x_range=x_range, y_range=Range1d(0, most * 1.05), x_axis_label="seconds",
-        y_axis_label="members",
+        y_axis_label="at once",
     )  # fmt: skip
     chart.yaxis.ticker = BasicTicker(min_interval=1, desired_num_ticks=4, num_minor_ticks=0)
     together = len(shares.computing) // COARSE

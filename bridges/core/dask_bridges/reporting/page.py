@@ -10,7 +10,7 @@ from typing import Any
 from dask.utils import format_bytes
 
 from dask_bridges.about import card
-from dask_bridges.reporting.cells import CALLED, attempt_cells, failures, member_cells
+from dask_bridges.reporting.cells import CALLED, attempt_cells, failures, member_cells, overcome
 from dask_bridges.reporting.figures import COLORS, figures
 from dask_bridges.reporting.shares import Shares
 from dask_bridges.reporting.story import Run, Story
@@ -19,6 +19,8 @@ __all__ = ["page"]
 
 _PLURALS = {
     "member": "members",
+    "device": "devices",
+    "job": "jobs",
     "run": "runs",
     "restart": "restarts",
     "round": "rounds",
@@ -99,15 +101,21 @@ def _note(text: str) -> str:
 
 def _failure(story: Story) -> str:
     """What went wrong, and where."""
-    texts = failures(story)
-    if not texts:
-        return ""
-    kind, head = ("failed", "It failed.") if story.error else ("mended", "It went on after:")
-    return f"<div class='{kind}'><b>{head}</b>\n{html.escape(chr(10).join(texts))}</div>"
+    boxes = (
+        ("failed", "It failed." if story.error else "One of them failed.", failures(story)),
+        ("mended", "It went on after:", overcome(story)),
+    )
+    return "".join(
+        f"<div class='{kind}'><b>{head}</b>\n{html.escape(chr(10).join(texts))}</div>"
+        for kind, head, texts in boxes
+        if texts
+    )
 
 
 def _tiles(story: Story, shares: Shares) -> str:
     rows = [row for run in story.runs for row in run.rows.values()]
+    devices = [row for row in rows if row.device]
+    pools = {"devices": sum(bool(row.workers) for row in devices)} if devices else {}
     fed = sum(row.rows for row in rows)
     peak = max((held for row in rows for _, held in row.memory), default=0)
     restarts = sum(len({attempt.number for attempt in run.attempts}) - 1 for run in story.runs)
@@ -118,7 +126,9 @@ def _tiles(story: Story, shares: Shares) -> str:
     tiles = {
         "in all": f"{story.ended - story.began:.1f} s",
         "of the time nobody computed": f"{shares.nobody:.0%}",
-        **_counted({"members": len(rows), "runs": len(story.runs), "restarts": restarts, **done}),
+        **_counted(
+            {"members": len(rows) - len(devices), **pools, "runs": len(story.runs), "restarts": restarts, **done}
+        ),
     }
     if fed:
         tiles["rows fed"] = f"{fed:,}"
