@@ -1,4 +1,4 @@
-"""Make `report.png` anew: flights, three workers, one of which is killed and comes back.
+"""Make `report.png` anew: flights, three workers, one of which is killed.
 
 Needs Chromium. Run: python docs/report_picture.py
 """
