@@ -78,7 +78,7 @@ def test_a_killed_member_and_the_restart_are_in_one_timeline(
     assert (last.error, story.error) == ("", "")
     assert "<b>1</b><span>restart</span>" in page.read_text()
     assert "It went on after:" in page.read_text()
-    assert "failed." not in page.read_text()
+    assert "<div class='failed'>" not in page.read_text()
     assert attempt_cells(run)[1][2] == "3"
     assert "lost" in [mark.kind for mark in row.marks]
     assert "restarted" in [mark.kind for mark in run.rows["member 0"].marks]
