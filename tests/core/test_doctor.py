@@ -236,6 +236,14 @@ def test_a_range_needs_a_port_for_each_worker_of_a_host() -> None:
     assert found.what.startswith("2 of the 3 ports 9000 to 9002 of dask-bridges.collective-port are free, and 3 wanted")
 
 
+def test_it_says_how_many_of_the_ports_configured_are_free() -> None:
+    with socket.create_server(("", 0)) as held:
+        port = held.getsockname()[1]
+        with dask.config.set({"dask-bridges.collective-port": port}):
+            assert f"dask-bridges.collective-port: {port}; free: 0 here" in doctor.render(doctor.this_machine())
+    assert "ports: any that are free, since no setting names one" in doctor.render(doctor.this_machine())
+
+
 def test_a_setting_that_is_no_port_is_told() -> None:
     with dask.config.set({"dask-bridges.collective-port": "many"}):
         found = [problem.what for problem in doctor.this_machine().problems]

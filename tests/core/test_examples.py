@@ -17,19 +17,24 @@ from distributed import Client, LocalCluster
 
 import dask_bridges
 import dask_keras
+import dask_serializers
 import dask_tf
 import dask_xgboost
 
 ROOT = Path(__file__).parents[2]
 
 
-def _modules() -> list[str]:
-    found = [
+def _modules() -> list[Any]:
+    found: list[Any] = [
         info.name
-        for package in (dask_bridges, dask_keras, dask_tf, dask_xgboost)
+        for package in (dask_bridges, dask_keras, dask_serializers, dask_tf, dask_xgboost)
         for info in pkgutil.walk_packages(package.__path__, f"{package.__name__}.")
     ]
-    return ["dask_bridges", "dask_keras", "dask_tf", "dask_xgboost", *found]
+    # It imports all of Keras to show that models move.
+    found[found.index("dask_serializers.registration")] = pytest.param(
+        "dask_serializers.registration", marks=pytest.mark.slow
+    )
+    return ["dask_bridges", "dask_keras", "dask_serializers", "dask_tf", "dask_xgboost", *found]
 
 
 def _block(page: str, containing: str) -> str:

@@ -25,6 +25,7 @@ from dask_bridges.events import Event, Memory, Planned, Spent
 from dask_bridges.gang import Gang, GangPlan
 from dask_bridges.jobs import DevicePool
 from dask_bridges.reporting import read
+from dask_bridges.reporting.cells import attempt_cells
 from dask_bridges.reporting.shares import Shares
 from dask_bridges.testing import Fault, loopback
 from dask_bridges.testing.faults import TroubleError, die, trouble
@@ -75,6 +76,10 @@ def test_a_killed_member_and_the_restart_are_in_one_timeline(
     assert row.workers["1"] in first.error
     assert f"member 1 was lost while it ran, with its worker {row.workers['1']}" in page.read_text()
     assert (last.error, story.error) == ("", "")
+    assert "<b>1</b><span>restart</span>" in page.read_text()
+    assert "It went on after:" in page.read_text()
+    assert "<div class='failed'>" not in page.read_text()
+    assert attempt_cells(run)[1][2] == "3"
     assert "lost" in [mark.kind for mark in row.marks]
     assert "restarted" in [mark.kind for mark in run.rows["member 0"].marks]
     restart = next(piece for piece in run.rows["member 0"].pieces if "restart" in piece.seconds)

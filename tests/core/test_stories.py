@@ -29,6 +29,7 @@ from dask_bridges.events import (
     Up,
 )
 from dask_bridges.reporting import Recorder, read
+from dask_bridges.reporting.cells import attempt_cells, failures, overcome
 from dask_bridges.reporting.shares import Shares
 from dask_bridges.reporting.story import MOST, Piece, Row, Story
 
@@ -160,6 +161,21 @@ def test_the_share_in_which_nobody_computed_is_that_of_all_members_together() ->
     assert shares.computing.mean() * 10 == pytest.approx(3 + 3 + 0.5 + 0.4, abs=0.01)
 
 
+def test_what_ended_a_run_is_told_apart_from_what_another_went_on_after() -> None:
+    native = "XGBoostError: no such objective\n" + "\n".join(map(str, range(30))) + "\nStack trace:\n [bt] (0)"
+    story = told(
+        planned(["a"]),
+        at(1, Ended, error="MemberLost: a", cause=0),
+        planned(["a"], second=2, gang="h", attempt=2),
+        at(3, Ended, gang="h", attempt=2),
+        at(4, Planned, gang="i", label="search", run="s", names=["b"]),
+        at(5, Ended, gang="i", error=native, cause=0),
+    )
+    assert overcome(story) == ["1 training, attempt 1: MemberLost: a"]
+    assert failures(story) == ["2 search, attempt 1: XGBoostError: no such objective\n0\n1\n2\n3\n…"]
+    assert attempt_cells(story.runs[1])[1][-1] == "XGBoostError: no such objective"
+
+
 def test_jobs_that_share_a_device_have_a_row_each() -> None:
     story = told(
         planned(["host"]),
@@ -173,6 +189,9 @@ def test_jobs_that_share_a_device_have_a_row_each() -> None:
     assert [piece.text for piece in rows["gpu0 on w"].pieces] == ["first", "third"]
     assert [piece.text for piece in rows["gpu0 on w, 2"].pieces] == ["second: MemberLost: it crashed"]
     assert [mark.kind for mark in rows["gpu0 on w, 2"].marks] == ["failed"]
+    assert story.runs[0].done == {"job": 3}
+    assert [name for name, row in rows.items() if row.device] == ["gpu0 on w", "gpu0 on w, 2"]
+    assert attempt_cells(story.runs[0])[1][2] == "1"  # the host is a member, and devices are none
 
 
 def test_a_long_run_stays_small_and_keeps_its_sums() -> None:

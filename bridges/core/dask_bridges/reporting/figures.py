@@ -27,7 +27,7 @@ COLORS = {
 }
 #: Of lines, one after another.
 LINES = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#7b8794", "#a6a13a")
-MARKS = {"lost": ("x", "#b3261e"), "failed": ("x", "#b3261e"), "restarted": ("triangle", "#d55e00")}
+MARKS = {"lost": ("x", "#b3261e"), "failed": ("x", "#b3261e"), "restarted": ("triangle", "#1f2933")}
 
 WIDTH, HALF = 1120, 540
 #: Slices of time in which rates are told, and lines of a chart.
@@ -66,7 +66,8 @@ def figures(story: Story, shares: Shares) -> list[Chart]:
         "The clocks of the hosts are taken as they are."
     )
     computing.min_border_left = timeline.min_border_left = 50 + 7 * max((len(each.name) for each in rows), default=0)
-    charts = [Chart("Timeline", {"timeline": timeline}, note), Chart("Members that compute", {"computing": computing})]
+    who = "Devices" if any(each.row.device for each in rows) else "Members"
+    charts = [Chart("Timeline", {"timeline": timeline}, note), Chart(f"{who} that compute", {"computing": computing})]
     if curves := dict(_curves(story)):
         charts.append(Chart("Learning curves", curves))
     if fed := dict(_fed(story, rows, timeline.x_range)):
@@ -180,13 +181,14 @@ def _marks(story: Story, rows: Sequence[_Named], kind: str) -> dict[str, list[An
 
 
 def _computing(story: Story, shares: Shares, x_range: Any) -> Any:
-    from bokeh.models import Range1d
+    from bokeh.models import BasicTicker, Range1d
 
     most = max(1.0, float(np.ceil(shares.computing.max(initial=0.0) - 1e-6)))
     chart = _figure(
         width=WIDTH, height=150, x_range=x_range, y_range=Range1d(0, most * 1.05), x_axis_label="seconds",
-        y_axis_label="members",
+        y_axis_label="at once",
     )  # fmt: skip
+    chart.yaxis.ticker = BasicTicker(min_interval=1, desired_num_ticks=4, num_minor_ticks=0)
     together = len(shares.computing) // COARSE
     computing = shares.computing.reshape(-1, together).mean(axis=1)
     edges = np.repeat(shares.edges[::together] - story.began, 2)[1:-1]

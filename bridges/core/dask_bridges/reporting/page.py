@@ -10,14 +10,24 @@ from typing import Any
 from dask.utils import format_bytes
 
 from dask_bridges.about import card
-from dask_bridges.reporting.cells import CALLED, attempt_cells, failures, member_cells
+from dask_bridges.reporting.cells import CALLED, attempt_cells, failures, member_cells, overcome
 from dask_bridges.reporting.figures import COLORS, figures
 from dask_bridges.reporting.shares import Shares
 from dask_bridges.reporting.story import Run, Story
 
 __all__ = ["page"]
 
-_PLURALS = {"round": "rounds", "epoch": "epochs", "batch": "batches", "step": "steps"}
+_PLURALS = {
+    "member": "members",
+    "device": "devices",
+    "job": "jobs",
+    "run": "runs",
+    "restart": "restarts",
+    "round": "rounds",
+    "epoch": "epochs",
+    "batch": "batches",
+    "step": "steps",
+}
 
 _STYLE = """
 :root { color-scheme: light; }
@@ -25,7 +35,9 @@ body { font: 15px/1.5 system-ui, sans-serif; color: #1f2933; background: #fff; m
        padding: 1.5rem; }
 h1 { font-size: 1.5rem; margin: 0; } h2 { font-size: 1.1rem; margin: 2rem 0 .5rem; }
 .when { color: #616e7c; margin: 0 0 1rem; }
-.failed { background: #fdecea; border-left: 4px solid #b3261e; padding: .6rem .9rem; white-space: pre-wrap; }
+.failed, .mended { background: #fdecea; border-left: 4px solid #b3261e; padding: .6rem .9rem; white-space: pre-wrap;
+                   overflow-wrap: anywhere; }
+.mended { background: #fff4e0; border-color: #e69f00; }
 .tiles { display: flex; flex-wrap: wrap; gap: .6rem 2.4rem; margin: 1rem 0; }
 .tiles div { display: flex; flex-direction: column; } .tiles b { font-size: 1.5rem; line-height: 1.2; }
 .tiles span { color: #616e7c; font-size: .85rem; }
@@ -89,28 +101,34 @@ def _note(text: str) -> str:
 
 def _failure(story: Story) -> str:
     """What went wrong, and where."""
-    texts = failures(story)
-    if not texts:
-        return ""
-    head = "It failed." if story.error else "It went on after:"
-    return f"<div class='failed'><b>{head}</b>\n{html.escape(chr(10).join(texts))}</div>"
+    boxes = (
+        ("failed", "It failed." if story.error else "One of them failed.", failures(story)),
+        ("mended", "It went on after:", overcome(story)),
+    )
+    return "".join(
+        f"<div class='{kind}'><b>{head}</b>\n{html.escape(chr(10).join(texts))}</div>"
+        for kind, head, texts in boxes
+        if texts
+    )
 
 
 def _tiles(story: Story, shares: Shares) -> str:
     rows = [row for run in story.runs for row in run.rows.values()]
+    devices = [row for row in rows if row.device]
+    pools = {"devices": sum(bool(row.workers) for row in devices)} if devices else {}
     fed = sum(row.rows for row in rows)
     peak = max((held for row in rows for _, held in row.memory), default=0)
     restarts = sum(len({attempt.number for attempt in run.attempts}) - 1 for run in story.runs)
     done: dict[str, int] = {}
     for unit, count in (each for run in story.runs for each in run.done.items()):
-        done[_PLURALS.get(unit, unit)] = done.get(_PLURALS.get(unit, unit), 0) + count
+        units = _PLURALS.get(unit, unit)
+        done[units] = done.get(units, 0) + count
     tiles = {
         "in all": f"{story.ended - story.began:.1f} s",
         "of the time nobody computed": f"{shares.nobody:.0%}",
-        "members": str(len(rows)),
-        "runs": str(len(story.runs)),
-        "restarts": str(restarts),
-        **{units: f"{count:,}" for units, count in done.items()},
+        **_counted(
+            {"members": len(rows) - len(devices), **pools, "runs": len(story.runs), "restarts": restarts, **done}
+        ),
     }
     if fed:
         tiles["rows fed"] = f"{fed:,}"
@@ -120,6 +138,16 @@ def _tiles(story: Story, shares: Shares) -> str:
         f"<div><b>{html.escape(value)}</b><span>{html.escape(name)}</span></div>" for name, value in tiles.items()
     )
     return f"<div class='tiles'>{body}</div>"
+
+
+def _counted(counts: Mapping[str, int]) -> dict[str, str]:
+    """Numbers of things, by what one calls so many of them.
+
+    >>> _counted({"runs": 1, "batches": 1, "members": 3000})
+    {'run': '1', 'batch': '1', 'members': '3,000'}
+    """
+    single = {units: unit for unit, units in _PLURALS.items()}
+    return {single.get(units, units) if count == 1 else units: f"{count:,}" for units, count in counts.items()}
 
 
 def _bar(shares: Shares) -> str:

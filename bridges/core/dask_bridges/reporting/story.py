@@ -114,6 +114,8 @@ class Row:
         Moments, and bytes.
     limit : int
         Of its worker's memory; 0 for none.
+    device : bool
+        Whether it is a device of a pool, or what shares one, and no member.
     """
 
     name: str
@@ -123,6 +125,7 @@ class Row:
     fed: list[tuple[float, float, int, int]] = field(default_factory=list)
     memory: list[tuple[float, int]] = field(default_factory=list)
     limit: int = 0
+    device: bool = False
 
     @classmethod
     def from_plain(cls, plain: Mapping[str, Any]) -> Row:
@@ -242,7 +245,7 @@ class Run:
     curves : dict of str to list of (int, float)
         Steps, and values after them, by metric.
     done : dict of str to int
-        How far it came: of "round", "batch" or "step".
+        How far it came: of "round", "batch", "step" or "job".
     log : list of str
         What people were told.
     """
@@ -412,8 +415,10 @@ class Story:
     def _of_device(self, run: Run, event: Offered | Ran) -> None:
         if isinstance(event, Offered):
             for device in event.devices:
-                run.row(f"{device} on {event.worker}").workers["1"] = event.worker
+                row = run.row(f"{device} on {event.worker}")
+                row.device, row.workers["1"] = True, event.worker
             return
+        run.done["job"] = run.done.get("job", 0) + 1
         worker = run.row(self._names[event.gang][event.rank]).workers.get("1", "")
         start, text = event.time - event.seconds, f"{event.key}{f': {event.error}' if event.error else ''}"
         for device in event.devices:
@@ -421,6 +426,7 @@ class Story:
             while row.pieces and row.pieces[-1].end > start + HANDOVER:  # jobs that share it
                 lane += 1
                 row = run.row(f"{device} on {worker}, {lane}")
+                row.device = True
             row.add(Piece(start, event.time, {"compute": event.seconds}, text=text))
             if event.error:
                 row.marks.append(Mark(event.time, "failed", text))

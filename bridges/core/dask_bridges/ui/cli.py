@@ -51,6 +51,7 @@ class _DemoCommand(click.Command):
 
 @bridges.command(
     cls=_DemoCommand,
+    short_help="Train on real data, and compare with one process.",
     epilog="A small run for a first look: dask bridges demo --rows 20000 --rounds 20",
 )
 @click.option(
@@ -132,7 +133,8 @@ def demo(
 
 
 @bridges.command(
-    epilog="It imports no framework, and leaves nothing on the cluster. The exit status is 1 where something is wrong."
+    short_help="Say what a cluster lacks, and what to do about it.",
+    epilog="It imports no framework, and leaves nothing on the cluster. The exit status is 1 where something is wrong.",
 )
 @click.option(
     "--scheduler",
@@ -158,7 +160,7 @@ def doctor(scheduler: str | None) -> None:
         raise SystemExit(1)
 
 
-@bridges.command()
+@bridges.command(short_help="Say in a terminal what the report in FILE tells.")
 @click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 def report(file: Path) -> None:
     """Say in a terminal what the report in FILE tells: times, members, losses, last metrics.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
-from dask_bridges.reporting.cells import CALLED, attempt_cells, failures, member_cells
+from dask_bridges.reporting.cells import CALLED, attempt_cells, failures, member_cells, overcome
 from dask_bridges.reporting.shares import Shares
 from dask_bridges.reporting.story import Story
 
@@ -31,7 +31,7 @@ def story_text(story: Story) -> str:
     parts = [
         f"{when}, {story.ended - story.began:.1f} s; {shares.nobody:.0%} of the time nobody computed",
         ", ".join(spent),
-        "\n".join(failures(story)),
+        "\n".join([*failures(story), *overcome(story)]),
     ]
     for run in story.runs:
         done = ", ".join(f"{unit} {count:,}" for unit, count in run.done.items())

@@ -15,6 +15,8 @@ from dask_bridges.ui.text import table
 __all__ = ["render"]
 
 NOTHING = "-"
+#: Of so many hosts it is told how many ports are free.
+HOSTS = 8
 
 
 def render(diagnosis: Diagnosis) -> str:
@@ -94,13 +96,25 @@ def _memory(seen: Surroundings) -> str:
 
 def _ports(diagnosis: Diagnosis) -> str:
     lines = [
-        f"dask-bridges.{setting}: {span[0] if len(span) == 1 else f'{span[0]} to {span[-1]}'}"
+        f"dask-bridges.{setting}: {_span(span)}; {_free(diagnosis, setting)}"
         for setting, span in diagnosis.ports.items()
         if span[0]
-    ]
+    ] or ["ports: any that are free, since no setting names one"]
     if diagnosis.calls:
         lines.append(f"{diagnosis.calls} connections between workers were tried, as members make them")
     return "\n".join(lines)
+
+
+def _span(span: range) -> str:
+    return str(span[0]) if len(span) == 1 else f"{span[0]} to {span[-1]}"
+
+
+def _free(diagnosis: Diagnosis, setting: str) -> str:
+    """Of how many hosts how many ports are free."""
+    hosts = {worker.address: f"on {worker.host}" for worker in diagnosis.workers}
+    free = {hosts.get(who, "here"): seen.free_ports[setting] for who, seen in diagnosis.around.items()}
+    told = ", ".join(f"{count} {where}" for where, count in list(free.items())[:HOSTS])
+    return f"free: {told or '?'}{', …' if len(free) > HOSTS else ''}"
 
 
 def _problems(diagnosis: Diagnosis) -> str:
