@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from equality import distributed, order
 
 keras = pytest.importorskip("keras")
-pytest.importorskip("tensorflow")
+tf = pytest.importorskip("tensorflow")
 dask_keras = pytest.importorskip("dask_keras")
 layers, ops = keras.layers, keras.ops
 
@@ -183,4 +183,54 @@ def test_frames_have_the_inputs_and_the_targets_in_columns(both: Both, outputs: 
     alone.fit(mapped(lambda array: array[at], x), mapped(lambda array: array[at], y), **options)
     lazy = dd.from_pandas(frame, npartitions=2)
     dask_keras.fit(both.client, together, lazy[["a", "b", "city"]], lazy[["c", "d"]], workers=2, **options)
+    equal(alone, together)
+
+
+# Losses
+
+
+class Small(layers.Layer):  # type: ignore[misc]
+    """Adds what its inputs are as a loss."""
+
+    def call(self, inputs: Any) -> Any:
+        self.add_loss(ops.mean(ops.square(inputs - 0.5)))
+        return inputs
+
+
+@pytest.mark.slow
+def test_losses_of_layers_alone_with_constraints_and_frozen_layers(both: Both) -> None:
+    def make() -> Any:
+        first = layers.Dense(4, "tanh", activity_regularizer="l2", kernel_constraint="non_neg", bias_regularizer="l1")
+        model = keras.Sequential([keras.Input((3,)), first, layers.Dense(4, trainable=False), Small()])
+        model.compile(keras.optimizers.SGD(0.1))
+        return model
+
+    _, together = both.same(make, numbers(3))
+    assert (together.layers[0].kernel.numpy() >= 0).all()
+    np.testing.assert_array_equal(together.layers[1].kernel, fresh(make).layers[1].kernel)
+
+
+# Epochs
+
+
+def dense() -> Any:
+    model = keras.Sequential([keras.Input((3,)), layers.Dense(4, "tanh"), layers.Dense(1)])
+    model.compile("adam", "mse", metrics=["mae"])
+    return model
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("steps", [3, 7])
+def test_epochs_of_other_lengths_than_a_pass_go_on_in_the_rows(both: Both, steps: int) -> None:
+    alone, together = fresh(dense), fresh(dense)
+    x, y, at = numbers(3), numbers(seed=3), order(LAYOUT, BATCH)
+    options = {"initial_epoch": 1, "epochs": 4, "steps_per_epoch": steps, "validation_freq": [2, 4], "verbose": 0}
+    passes = tf.data.Dataset.from_tensor_slices((x[at], y[at])).batch(BATCH).repeat()
+    alone.fit(passes.skip(steps), validation_data=(x[:VALID], y[:VALID]), **options)
+    dask_keras.fit(
+        both.client, together, spread(x), spread(y), workers=2, batch_size=BATCH, shuffle=False,
+        validation_data=(spread(x[:VALID], (5, 8)), spread(y[:VALID], (5, 8))), **options,
+    )  # fmt: skip
+    assert together.history.epoch == alone.history.epoch == [1, 2, 3]
+    assert len(together.history.history["val_loss"]) == 2
     equal(alone, together)
