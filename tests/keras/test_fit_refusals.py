@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any
 
 import dask.array as da
+import dask.dataframe as dd
 import numpy as np
 import pandas as pd
 import pytest
@@ -55,6 +56,12 @@ def own_step() -> Any:
 
 def uncompiled() -> Any:
     return keras.Sequential([keras.Input((3,)), layers.Dense(1)])
+
+
+def without_loss() -> Any:
+    model = uncompiled()
+    model.compile("sgd")
+    return model
 
 
 def masked() -> Any:
@@ -121,6 +128,7 @@ def call(bridges_client: Client, monkeypatch: pytest.MonkeyPatch) -> Call:
     ("make", "error", "said"),
     [
         (uncompiled, DataError, r"model 'sequential\w*' is not compiled: call model.compile"),
+        (without_loss, DataError, r"model 'sequential\w*' is compiled without a loss, and none of its layers adds one"),
         (own_step, DataError, r"model 'own_step\w*' overrides train_step\(\) in OwnStep"),
         (lambda: model_of(steps_per_execution=4), DataError, "steps_per_execution=4.*Compile it without"),
         (
@@ -180,8 +188,32 @@ def test_targets_of_several_outputs_are_told_apart(call: Call) -> None:
     call.refused(DataError, "y of none a row", model_of(), array(3))
 
 
-def test_sample_weights_of_another_shape_are_refused(call: Call) -> None:
+def test_weights_that_do_not_go_with_the_targets_are_refused(call: Call) -> None:
     call.refused(DataError, "cannot be trained", model_of(), array(3), array(), sample_weight=array(7))
+    call.refused(DataError, "sample_weight goes with targets.*no y", model_of(), array(3), sample_weight=array())
+    targets = {"a": array(), "b": array(4)}
+    weights = {"a": array(), "c": array()}
+    call.refused(DataError, "cannot be trained", several_losses(), array(3), targets, sample_weight=weights)
+    weights = {"a": array(), "b": array()}
+    call.refused(AssertionError, "it started", several_losses(), array(3), targets, sample_weight=weights)
+    of_classes = {"class_weight": {0: 1.0, 1: 2.0}}
+    call.refused(
+        DataError, "class_weight is for models with one output", several_losses(), array(3), targets, **of_classes
+    )
+
+
+def test_a_frame_is_one_target_or_those_of_several_outputs(call: Call) -> None:
+    frame = dd.from_dask_array(array(3), columns=list("abc"))
+    call.refused(AssertionError, "it started", model_of(layers.Dense(2)), array(3), frame[["a", "b"]])
+    call.refused(
+        DataError, r"y of shape \(3,\) a row, to outputs of shape \(2,\)", model_of(layers.Dense(2)), array(3), frame
+    )
+    call.refused(AssertionError, "it started", model_of(), frame, frame["a"])
+    inputs = keras.Input((3,))
+    two = keras.Model(inputs, {name: layers.Dense(1, name=name)(inputs) for name in "ab"})
+    two.compile("sgd", {"a": "mse", "b": "mae"})
+    call.refused(AssertionError, "it started", two, array(3), frame[["b", "a"]])
+    call.refused(DataError, "cannot be trained", two, array(3), frame[["b", "c"]])
 
 
 @pytest.mark.parametrize("role", ["X", "y", "sample_weight", "validation_y"])

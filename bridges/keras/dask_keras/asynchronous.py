@@ -14,7 +14,18 @@ from dask_keras import checks
 from dask_keras.resuming import InWorkers, at
 from dask_tf.starting import keras_backend
 
-__all__ = ["OnServers"]
+__all__ = ["OnServers", "check_options"]
+
+
+def check_options(checkpoint_every: int | None, gpus_per_member: int | None) -> None:
+    """Refuse options of synchronous trainings, with what there is in their place."""
+    if checkpoint_every is not None:
+        raise DataError("checkpoint_every counts the batches of strategy='sync': give checkpoint_seconds")
+    if gpus_per_member is not None:
+        raise DataError(
+            "gpus_per_member is for strategy='sync': for parameter servers start the cluster yourself, "
+            f"dask_tf.start_tensorflow(..., gpus={{'worker': {gpus_per_member}}}), and train by dask_tf.fit"
+        )
 
 
 @dataclass(frozen=True)
@@ -52,10 +63,10 @@ class OnServers:
         """
         if (backend := keras_backend()) != "tensorflow":
             raise DataError(f"strategy='ps' is TensorFlow's, and Keras runs on {backend} here: use strategy='sync'")
-        if isinstance(self.data[0], tuple | list | dict) or isinstance(self.data[1], tuple | list | dict):
+        if any(isinstance(each, tuple | list | dict) for each in self.data):
             raise DataError(
-                "strategy='ps' takes X and y as one collection each: give inputs as columns of one dataframe, named "
-                "as the model's, or use strategy='sync'"
+                "strategy='ps' takes X, y and sample_weight as one collection each: give inputs as columns of one "
+                "dataframe, named as the model's, or use strategy='sync'"
             )
         checkpoint = self.fit["checkpoint"]
         if checkpoint is not None and isinstance(at(checkpoint), InWorkers):
@@ -99,10 +110,12 @@ class OnServers:
 
     def _given(self, data: tuple[Any, ...]) -> tuple[Any, ...]:
         """Columns that a model takes side by side become an array."""
-        X, *others = data
+        X, y, *weight = data
         if partitions.is_frame(X) and checks.matrices(self.model, X, {"X": X}):
             X = X.to_dask_array()
-        return (X, *others)
+        if partitions.is_frame(y) and checks.target_matrices(self.model, y, {"y": y}):
+            y = y.to_dask_array()
+        return (X, y, *weight)
 
     def _options(self) -> dict[str, Any]:
         return {**self.fit, "validation_data": None if self.validation is None else "validation"}

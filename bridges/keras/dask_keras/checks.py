@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import pickle
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
@@ -14,9 +14,20 @@ from dask_bridges import partitions
 from dask_bridges.errors import DataError
 from dask_keras import upstream
 from dask_keras.replica import Set
+from dask_serializers import CannotMove
 from dask_tf.schema import itemsize
 
-__all__ = ["check_count", "check_element", "check_model", "listed", "matrices", "pickled_callbacks", "unpacked"]
+__all__ = [
+    "check_count",
+    "check_element",
+    "check_model",
+    "course",
+    "listed",
+    "matrices",
+    "pickled_callbacks",
+    "target_matrices",
+    "unpacked",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -28,8 +39,10 @@ def check_model(model: Any) -> None:
     if not isinstance(model, keras.Model):
         raise TypeError(f"model is a keras.Model, not {type(model).__name__}")
     name = f"model {model.name!r}"
-    if not model.compiled or model.optimizer is None or model.loss is None:
+    if not model.compiled or model.optimizer is None:
         raise DataError(f"{name} is not compiled: call model.compile(optimizer=..., loss=...) first")
+    if not _has_loss(model):
+        raise DataError(f"{name} is compiled without a loss, and none of its layers adds one: compile it with loss=...")
     for method in ("train_step", "test_step", "make_train_function"):
         of = getattr(type(model), method)
         if not of.__module__.startswith("keras."):
@@ -52,6 +65,15 @@ def check_model(model: Any) -> None:
             )
 
 
+def _has_loss(model: Any) -> bool:
+    """Whether there may be something to minimise: layers of the user's own may add losses when they are called."""
+    if model.loss is not None or model.losses:
+        return True
+    layers = upstream.layers(model)
+    of_keras = all(type(each).__module__.startswith("keras.") for each in (model, *layers))
+    return not of_keras or any(getattr(each, "activity_regularizer", None) is not None for each in layers)
+
+
 def check_count(name: str, value: Any, *, least: int = 1, optional: bool = False) -> None:
     """Refuse what is no number of something."""
     if value is None and optional:
@@ -60,8 +82,37 @@ def check_count(name: str, value: Any, *, least: int = 1, optional: bool = False
         raise DataError(f"{name}={value!r}: pass a whole number of {least} or more")
 
 
-def unpacked(validation_data: Any) -> tuple[Any, ...]:
-    """``(X, y)`` or ``(X, y, sample_weight)``."""
+def course(model: Any, y: Any, sample_weight: Any, **given: Any) -> dict[str, Any]:
+    """What `fit` is told of how long, how often and in which order to train, checked and in plain types."""
+    steps, freq, weights, seed = (given[n] for n in ("steps_per_epoch", "validation_freq", "class_weight", "seed"))
+    several = isinstance(freq, Collection)
+    for name, optional, least in (
+        ("batch_size", False, 1), ("epochs", False, 1), ("steps_per_epoch", True, 1), ("initial_epoch", False, 0),
+        ("seed", True, 0),
+    ):  # fmt: skip
+        check_count(name, given[name], least=least, optional=optional)
+    for each in freq if several else [freq]:
+        check_count("validation_freq", each)
+    if weights is not None and not isinstance(weights, Mapping):
+        raise DataError(f"class_weight={weights!r}: pass a dict of the classes' weights, such as {{0: 1.0, 1: 2.5}}")
+    if weights and sample_weight is not None:
+        raise DataError("class_weight and sample_weight cannot be given at the same time, as in Keras")
+    if weights and (isinstance(y, Mapping | tuple | list) or len(getattr(model, "outputs", None) or ()) > 1):
+        raise DataError("class_weight is for models with one output, as in Keras: give each its own sample_weight")
+    return {
+        **{name: int(given[name]) for name in ("batch_size", "epochs", "initial_epoch")},
+        "steps_per_epoch": None if steps is None else int(steps),
+        "validation_freq": [int(each) for each in freq] if several else int(freq),
+        "class_weight": dict(weights) if weights else None,
+        "shuffle": bool(given["shuffle"]),
+        "seed": None if seed is None else int(seed),
+    }
+
+
+def unpacked(validation_data: Any) -> tuple[Any, ...] | None:
+    """``(X, y)`` or ``(X, y, sample_weight)``; None without any."""
+    if validation_data is None:
+        return None
     if not isinstance(validation_data, tuple | list) or len(validation_data) not in (2, 3):
         raise DataError("validation_data is a tuple (X, y) or (X, y, sample_weight) of Dask collections")
     return tuple(validation_data)
@@ -101,11 +152,25 @@ def matrices(model: Any, X: Any, collections: Mapping[str, Any]) -> frozenset[st
     inputs = getattr(model, "inputs", None)
     if inputs and set(collections) == frames and len(frames) == 1 and not isinstance(X, Mapping | tuple | list):
         (role,) = frames
-        by_name = isinstance(model.input, dict)
+        by_name = input_keys(model) is not None
         if len(inputs) == 1 and not by_name and inputs[0].name not in collections[role].columns:
             return frozenset(frames)
         return frozenset()
     return frozenset() if inputs is None else frozenset(frames)
+
+
+def target_matrices(model: Any, y: Any, collections: Mapping[str, Any]) -> frozenset[str]:
+    """The dataframes that are one target each; one alone has, in columns of their names, those of several outputs."""
+    several = len(getattr(model, "outputs", None) or ()) > 1 or isinstance(model.loss, Mapping)
+    if several and not isinstance(y, Mapping | tuple | list):
+        return frozenset()
+    return frozenset(role for role, each in collections.items() if partitions.is_frame(each) and each.ndim == 2)
+
+
+def input_keys(model: Any) -> tuple[str, ...] | None:
+    """The names of the inputs of a model that takes a dict of them, which need not be those of its tensors."""
+    inputs = getattr(model, "input", None)  # a Sequential model has none before it is called
+    return tuple(inputs) if isinstance(inputs, Mapping) else None
 
 
 def check_element(model: Any, found: Set) -> None:
@@ -121,12 +186,13 @@ def _check_inputs(model: Any, inputs: Any) -> None:
     if not wanted:
         return
     if isinstance(inputs, dict):
-        missing = [each.name for each in wanted if each.name not in inputs]
+        named = {each.name: each for each in wanted} if input_keys(model) is None else dict(model.input)
+        missing = [name for name in named if name not in inputs]
         if missing:
             raise DataError(
                 f"model {model.name!r} has inputs {missing}, which X has no columns for: it has {[*inputs]}"
             )
-        pairs = [(each, inputs[each.name]) for each in wanted]
+        pairs = [(spec, inputs[name]) for name, spec in named.items() if hasattr(spec, "shape")]
     else:
         given = list(inputs) if isinstance(inputs, tuple) else [inputs]
         if len(given) != len(wanted):
@@ -153,7 +219,7 @@ def _try_out(model: Any, x: Any, y: Any = None, weight: Any = None) -> None:
         return
     whole = model if model.built else pickle.loads(dumps(model))  # the user's stays without weights
     of_model = type(model).compute_loss.__module__.startswith("keras.")
-    loss = upstream.fresh_loss(model) if of_model else None
+    loss = upstream.fresh_loss(model) if of_model and model.loss is not None else None
     outputs: list[Any] = []
 
     def trial(x: Any, y: Any, weight: Any) -> Any:
@@ -165,9 +231,9 @@ def _try_out(model: Any, x: Any, y: Any = None, weight: Any = None) -> None:
     given = keras.tree.map_structure(_symbol, [x, y, weight])
     try:
         upstream.tried(trial, *given)
-    except DataError:
+    except (DataError, CannotMove):
         raise
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, KeyError) as error:
         if type(error).__name__ == "OperatorNotAllowedInGraphError":  # of TensorFlow, which may yet convert it
             return
         of = f", to outputs of {_described(outputs[0])}" if outputs else ""

@@ -19,6 +19,7 @@ from dask_keras import upstream
 from dask_keras.inputs import Feed, cut, feed_of, length, targets_of
 from dask_keras.kept import kept, pack
 from dask_keras.signature import check_built, inputs_of
+from dask_keras.synchronous import check_adds_up
 
 __all__ = ["evaluate"]
 
@@ -186,7 +187,7 @@ def tally(*blocks: Any, model: bytes, plan: Plan) -> Tally | None:
     here = kept(plan.token, model)
     with here.lock:
         states = [_state(here.model, _rows(fed, *piece), plan.batch_size) for piece in _pieces(plan, total)]
-        _check_adds_up(here.model)
+        check_adds_up(here.model)
     return Tally(total, tuple(map(sum, zip(*states))), _rows(fed, 0, 1))
 
 
@@ -222,17 +223,6 @@ def _numbers(variable: Any) -> Any:
     import keras
 
     return np.array(keras.ops.convert_to_numpy(variable.value), dtype="float64")
-
-
-def _check_adds_up(model: Any) -> None:
-    """Metrics that keep a sum start at zero; a maximum, say, does not, and is no sum over partitions."""
-    model.reset_metrics()
-    for variable in model.metrics_variables:
-        if _numbers(variable).any():
-            raise DataError(
-                f"the metric variable {variable.path} starts at other values than zero, so it is no sum over rows, and "
-                "its values in several partitions cannot be merged: leave the metric out of compile()"
-            )
 
 
 def finish(tallies: list[Tally | None], *, model: bytes, token: str, return_dict: bool) -> Any:

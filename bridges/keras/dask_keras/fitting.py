@@ -15,9 +15,9 @@ from dask_bridges.devices import members
 from dask_bridges.errors import DataError
 from dask_bridges.reporting import asked, reported
 from dask_bridges.ui.progress import ProgressBar, wants_bar
-from dask_keras import checks
-from dask_keras.asynchronous import OnServers
+from dask_keras import asynchronous, checks
 from dask_keras.outputs import directory
+from dask_keras.places import Places
 from dask_keras.resuming import Keeping, at
 from dask_keras.supervising import EpochPrinter, Given, Supervised
 
@@ -70,15 +70,16 @@ def fit(
         The inputs, with as many rows as `y`. Of a dataframe, columns go to the inputs of their
         names, or side by side to a single one; text and categories as their index (see `docs`).
     y : dask array, series or dataframe, or a tuple or dict of them, optional
-        The targets.
+        The targets. Columns of a dataframe are those of the outputs of their names, where the model has several, or
+        side by side one target.
     batch_size : int, default 32
         Rows of a batch, over all workers together.
     epochs, initial_epoch, steps_per_epoch, validation_freq, class_weight
         As in `keras.Model.fit`.
     validation_data : tuple of (X, y) or (X, y, sample_weight), optional
         Of Dask collections. Metrics are those of all their rows.
-    sample_weight : dask array or series, optional
-        One weight a row.
+    sample_weight : dask array or series, or a tuple or dict of them, optional
+        One weight a row, or one for each output.
     shuffle, seed : optional
         Whether rows are mixed anew in each pass, over all partitions of a worker; and the seed, with which another
         call on as many workers gives the same result. Partitions may be moved for that.
@@ -146,42 +147,25 @@ def fit(
     client = clients.current(client)
     placement.refuse_plaintext(client, allow_plaintext, "what Keras's replicas tell each other")
     checks.check_model(model)
-    for name, value in (("batch_size", batch_size), ("epochs", epochs), ("steps_per_epoch", steps_per_epoch)):
-        checks.check_count(name, value, optional=name == "steps_per_epoch")
-    checks.check_count("initial_epoch", initial_epoch, least=0)
-    checks.check_count("seed", seed, least=0, optional=True)
-    for each in validation_freq if isinstance(validation_freq, Collection) else [validation_freq]:
-        checks.check_count("validation_freq", each)
-    if class_weight is not None and not isinstance(class_weight, Mapping):
-        raise DataError(
-            f"class_weight={class_weight!r}: pass a dict of the classes' weights, such as {{0: 1.0, 1: 2.5}}"
-        )
-    if class_weight and sample_weight is not None:
-        raise DataError("class_weight and sample_weight cannot be given at the same time, as in Keras")
+    course = checks.course(
+        model, y, sample_weight, batch_size=batch_size, epochs=epochs, initial_epoch=initial_epoch,
+        steps_per_epoch=steps_per_epoch, validation_freq=validation_freq, class_weight=class_weight,
+        shuffle=shuffle, seed=seed,
+    )  # fmt: skip
     if gpus_per_member is not None:
         members.check_count(gpus_per_member, "gpus_per_member")
     if strategy not in ("sync", "ps"):
         raise DataError(f"strategy={strategy!r}: there are 'sync' and 'ps'")
-    validation = None if validation_data is None else checks.unpacked(validation_data)
+    data, validation = (X, y, sample_weight), checks.unpacked(validation_data)
     if strategy == "ps":
-        on_servers = OnServers(
-            client, model, (X, y, sample_weight), validation, servers, workers,
+        asynchronous.check_options(checkpoint_every, gpus_per_member)
+        more = {"callbacks": callbacks, "checkpoint": checkpoint, "checkpoint_seconds": checkpoint_seconds}
+        on_servers = asynchronous.OnServers(
+            client, model, data, validation, servers, workers,
             start={"timeout": timeout, "allow_plaintext": allow_plaintext, "report": report},
-            fit={
-                "batch_size": batch_size, "epochs": epochs, "initial_epoch": initial_epoch, "shuffle": shuffle,
-                "seed": seed, "steps_per_epoch": steps_per_epoch, "validation_freq": validation_freq,
-                "class_weight": class_weight, "callbacks": callbacks, "checkpoint": checkpoint,
-                "checkpoint_seconds": checkpoint_seconds, "progress": None if verbose == "auto" else bool(verbose),
-            },
+            fit={**course, **more, "progress": None if verbose == "auto" else bool(verbose)},
         )  # fmt: skip
         on_servers.check()
-        if checkpoint_every is not None:
-            raise DataError("checkpoint_every counts the batches of strategy='sync': give checkpoint_seconds")
-        if gpus_per_member is not None:
-            raise DataError(
-                "gpus_per_member is for strategy='sync': for parameter servers start the cluster yourself, "
-                f"dask_tf.start_tensorflow(..., gpus={{'worker': {gpus_per_member}}}), and train by dask_tf.fit"
-            )
         return on_servers.run()
     recorder = asked(report)
     callbacks = checks.listed(callbacks)
@@ -189,20 +173,13 @@ def fit(
         client=client,
         model=model,
         callbacks=callbacks,
-        sets=[Given.of("train", model, "", X, y, sample_weight)],
-        workers=workers,
-        gpus=gpus_per_member,
+        sets=_sets(model, data, validation),
+        places=Places(client, workers, gpus_per_member, timeout),
         options={"exclusive": exclusive, "timeout": timeout},
         fit={
+            **course,
+            "seed": secrets.randbits(32) if seed is None else course["seed"],
             "callbacks": checks.pickled_callbacks(callbacks),
-            "batch_size": int(batch_size),
-            "epochs": int(epochs),
-            "initial_epoch": int(initial_epoch),
-            "steps_per_epoch": steps_per_epoch,
-            "validation_freq": validation_freq,
-            "class_weight": dict(class_weight) if class_weight else None,
-            "shuffle": bool(shuffle),
-            "seed": secrets.randbits(32) if seed is None else int(seed),
             "port": config.get("collective-port"),
             "home": directory(),
         },
@@ -210,10 +187,14 @@ def fit(
         listeners=[*_listeners(verbose, epochs), *([] if recorder is None else [recorder])],
         reproducible=seed is not None,
     )
-    if validation is not None:
-        training.sets = [*training.sets, Given.of("validation", model, "validation_", *validation)]
     training.prepare()
     return clients.call(client, reported, recorder, training.run)
+
+
+def _sets(model: Any, data: tuple[Any, ...], validation: tuple[Any, ...] | None) -> list[Given]:
+    """What is trained on and, where there is such, what is validated with."""
+    training = Given.of("train", model, "", *data)
+    return [training] if validation is None else [training, Given.of("validation", model, "validation_", *validation)]
 
 
 def _listeners(verbose: str | int, epochs: int) -> list[Any]:

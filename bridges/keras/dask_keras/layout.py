@@ -51,16 +51,19 @@ class Layout:
     Attributes
     ----------
     x, y : nested roles, or None
-    weight : str or None
-        Role of the sample weights.
+    weight : nested roles, or None
+        Of the sample weights.
     matrices : frozenset of str
         Roles of dataframes whose columns come side by side, not by name.
+    inputs : tuple of str or None
+        Those that a model takes as a dict, which gets no others: Keras would take them by their order.
     """
 
     x: Any
     y: Any = None
-    weight: str | None = None
+    weight: Any = None
     matrices: frozenset[str] = frozenset()
+    inputs: tuple[str, ...] | None = None
 
     def element(self, schema: Schema, blocks: tuple[Any, ...]) -> tuple[Any, ...]:
         """``(x,)``, ``(x, y)`` or ``(x, y, weight)`` of the blocks of some rows, in NumPy arrays."""
@@ -69,11 +72,14 @@ class Layout:
         def value(role: str) -> Any:
             return self._value(by_role[role], blocks)
 
-        element = [_mapped(value, self.x)]
+        x = _mapped(value, self.x)
+        if self.inputs is not None and isinstance(x, dict):
+            x = {name: x[name] for name in self.inputs if name in x}
+        element = [x]
         if self.y is not None:
             element.append(_mapped(value, self.y))
         if self.weight is not None:
-            element.append(value(self.weight))
+            element.append(_mapped(value, self.weight))
         return tuple(element)
 
     def _value(self, held: Collection, blocks: tuple[Any, ...]) -> Any:

@@ -20,7 +20,7 @@ from dask_keras.outputs import tell_where
 from dask_keras.resuming import Keeping
 from dask_keras.rows import Batches, Files, Order
 from dask_keras.shares import Shares
-from dask_keras.synchronous import Replicas, apart, host, replica
+from dask_keras.synchronous import Replicas, apart, check_adds_up, host, replica
 from dask_tf.schema import Schema
 
 __all__ = ["FOLDER", "Fit", "Set", "Trained", "current", "fit_here"]
@@ -113,11 +113,14 @@ class Trained:
         Of the `History` callback: its `history`, `epoch` and `params`.
     callbacks : list of dict
         The state of each of the user's callbacks: attributes, pickled.
+    stopped : bool
+        Whether a callback has ended it.
     """
 
     model: bytes
     history: dict[str, Any]
     callbacks: list[dict[str, bytes]]
+    stopped: bool
 
 
 _members: list[ChildMember] = []
@@ -167,7 +170,7 @@ def fit_here(member: ChildMember, work: tuple[Fit, int]) -> Trained | None:
     if rank:
         return None
     told = {"history": history.history, "epoch": history.epoch, "params": history.params}
-    return Trained(bytes(dumps(model)), told, [_state(callback) for callback in callbacks])
+    return Trained(bytes(dumps(model)), told, [_state(callback) for callback in callbacks], bool(model.stop_training))
 
 
 def _fit(
@@ -185,6 +188,7 @@ def _fit(
 
     with apart(model):
         upstream.build(model, batches[replicas.step])
+    check_adds_up(model)
     keeper = resumed = None
     if fit.keeping is not None:
         keeper = Keeper(member, fit.keeping, replicas, callbacks)

@@ -7,26 +7,25 @@ import dataclasses
 import logging
 import pickle
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from distributed import Client, Future
 from distributed.protocol.pickle import dumps
 
-from dask_bridges import config, partitions, placement
+from dask_bridges import partitions, placement
 from dask_bridges.about import About
 from dask_bridges.collective import is_collective_error
-from dask_bridges.devices.members import Wanted, with_devices
 from dask_bridges.errors import DataError, MemberLost, PlacementError
 from dask_bridges.events import Event, Log, Metrics
 from dask_bridges.gang import Gang, GangPlan
 from dask_bridges.partitions import Partitions, Prepared
-from dask_bridges.placement import WorkerInfo
 from dask_bridges.processes import Environment
 from dask_keras import checks, upstream
 from dask_keras.hosting import Rank, host_rank
 from dask_keras.layout import Layout, flatten, nested
+from dask_keras.places import LABEL, Places
 from dask_keras.replica import Fit, Set, Trained
 from dask_keras.resuming import InWorkers, Keeping
 from dask_tf import encoding
@@ -36,8 +35,6 @@ from dask_tf.starting import keras_backend, variables
 __all__ = ["EpochPrinter", "Given", "Supervised"]
 
 logger = logging.getLogger(__name__)
-
-LABEL = "Keras training"
 
 #: A training is given up when so many attempts have brought no new checkpoint.
 ATTEMPTS = 3
@@ -54,17 +51,17 @@ class Given:
     @classmethod
     def of(cls, name: str, model: Any, prefix: str, X: Any, y: Any = None, weight: Any = None) -> Given:
         """What a caller has given; `prefix` is what messages put before "X"."""
-        roles = [f"{prefix}X", f"{prefix}y", f"{prefix}sample_weight"]
-        collections = flatten(roles[0], X)
-        matrices = checks.matrices(model, X, collections)
-        layout = Layout(nested(roles[0], X), None, None, matrices)
+        if weight is not None and y is None:
+            raise DataError(f"{prefix}sample_weight goes with targets, and there is no {prefix}y")
+        given = {"x": (f"{prefix}X", X), "y": (f"{prefix}y", y), "weight": (f"{prefix}sample_weight", weight)}
+        given = {part: named for part, named in given.items() if part == "x" or named[1] is not None}
+        collections = {part: flatten(*named) for part, named in given.items()}
+        matrices = checks.matrices(model, X, collections["x"])
         if y is not None:
-            collections |= flatten(roles[1], y)
-            layout = dataclasses.replace(layout, y=nested(roles[1], y))
-        if weight is not None:
-            collections[roles[2]] = weight
-            layout = dataclasses.replace(layout, weight=roles[2])
-        return cls(name, collections, layout)
+            matrices |= checks.target_matrices(model, y, collections["y"])
+        roles = {part: nested(*named) for part, named in given.items()}
+        layout = Layout(**roles, matrices=matrices, inputs=checks.input_keys(model))
+        return cls(name, {role: each for some in collections.values() for role, each in some.items()}, layout)
 
 
 @dataclass
@@ -78,9 +75,7 @@ class Supervised:
     callbacks : sequence of Callback
     sets : sequence of Given
         To train on and, if there is a second one, to validate with.
-    workers : int, str, sequence of str, or None
-    gpus : int or None
-        Of each rank.
+    places : Places
     options : dict
         For `GangPlan`.
     fit : dict
@@ -96,17 +91,14 @@ class Supervised:
     model: Any
     callbacks: Sequence[Any]
     sets: Sequence[Given]
-    workers: int | str | Sequence[str] | None
-    gpus: int | None
+    places: Places
     options: dict[str, Any]
     fit: dict[str, Any]
     keeping: Keeping | None
     listeners: Sequence[Any]
     reproducible: bool
     prepared: Sequence[Prepared] = ()
-    _names: list[str] = field(default_factory=list)  # of the workers of the first attempt
     _id: str = field(default_factory=lambda: uuid.uuid4().hex[:12])
-    _devices: Mapping[str, Wanted] = field(default_factory=dict)  # by the workers' addresses
     _gang: Gang | None = None  # of the last attempt, whose ranks may have kept its state
 
     def prepare(self) -> None:
@@ -125,18 +117,25 @@ class Supervised:
         if self.keeping is not None:
             await asyncio.to_thread(self.keeping.checkpoints.check)
         last, failures, attempt = -2, 0, 1  # nothing was tried yet
+        lost: MemberLost | None = None
         while True:
             newest = await self._newest()
             failures = 0 if newest > last else failures + 1
             last = newest
             try:
                 return await self._attempt(attempt, None if newest < 0 else newest)
-            except MemberLost as lost:
+            except PlacementError as missing:
+                if lost is None:
+                    raise
+                raise missing from lost
+            except MemberLost as error:
                 if self.keeping is None or failures + 1 >= ATTEMPTS or self.client.status != "running":
                     raise
                 await self._collect()
-                logger.warning("%s It goes on from the last checkpoint.", lost)
-                attempt += 1
+                kept = await self._newest() >= 0
+                goes_on = "goes on from the last checkpoint" if kept else "begins anew: there is no checkpoint"
+                logger.warning("%s It %s.", error, goes_on)
+                lost, attempt = error, attempt + 1
             finally:
                 await self._collect(wanted=False)
 
@@ -172,7 +171,7 @@ class Supervised:
                     work.of_rank(rank),
                     {name: by_rank[rank] for name, by_rank in keys.items()},
                     environment,
-                    None if self.gpus is None else self._devices[worker],
+                    self.places.devices_of(worker),
                 )
                 for rank, worker in enumerate(ranks)
             ],
@@ -199,25 +198,22 @@ class Supervised:
         sets = {given.name: some.lying(ranks) for given, some in zip(self.sets, parts)}
         return About(self._id, params, packages, sets)
 
-    # Places
-
-    @property
-    def _named(self) -> bool:
-        return isinstance(self.workers, str | Sequence)
-
     async def _placed(self, step: int | None) -> list[Partitions]:
         """The partitions of all sets, on the workers that are to train."""
-        client, first = self.client, not self._names
-        places = await self._places()
+        client, wanted = self.client, self.places.workers
+        first = not self.places.names
+        places = await self.places.find()
         training, *others = await partitions.load_all(
-            client, [(prepared, encoding.look) for prepared in self.prepared], workers=places if self._named else None
+            client,
+            [(prepared, encoding.look) for prepared in self.prepared],
+            workers=places if self.places.named else None,
         )
         rows = sum(training.rows)
         if not rows:
             raise DataError("X has no rows")
-        if isinstance(self.workers, int) and rows < self.workers:
-            raise DataError(f"X has {rows} rows, which are fewer than the {self.workers} workers asked for")
-        places = await self._still_there(places, any_will_do=first and self.workers is None)
+        if isinstance(wanted, int) and rows < wanted:
+            raise DataError(f"X has {rows} rows, which are fewer than the {wanted} workers asked for")
+        places = await self.places.still_there(places, any_will_do=first and wanted is None)
         await placement.check_packages(client, places, ["dask_bridges"])
         await placement.check_packages(
             client, places, [keras_backend(), "keras"], ': pip install "dask-bridges[keras]"', imports=False
@@ -241,63 +237,6 @@ class Supervised:
             return []
         kept = await asyncio.to_thread(self.keeping.checkpoints.load, step)
         return [list(numbers) for numbers in kept.meta["parts"]]
-
-    async def _places(self) -> list[str]:
-        """Addresses of the workers that are to train: after a loss those of before, as far as they come back."""
-        client, timeout = self.client, config.seconds("timeout", self.options["timeout"])
-        named = None if isinstance(self.workers, int) else self.workers
-        if self._names:
-            others = not isinstance(self.workers, str | Sequence)
-            back = await placement.workers_back(client, self._names, others=others)
-            return [worker.address for worker in await self._with_devices(back)]
-        usable = await placement.usable_workers(client, named, timeout)
-        chosen = await self._with_devices(usable)
-        if named is not None and len(chosen) < len(usable):
-            left = ", ".join(worker.address for worker in usable if worker not in chosen)
-            raise PlacementError(
-                f"gpus_per_member={self.gpus}: there are too few devices for all of the workers named, and none for "
-                f"{left}"
-            )
-        if isinstance(self.workers, int):
-            if not 1 <= self.workers <= len(chosen):
-                there = ", ".join(worker.address for worker in chosen)
-                having = f" with {self.gpus} GPUs for each" if self.gpus else ""
-                raise PlacementError(
-                    f"workers={self.workers}, and the cluster has {len(chosen)} to use{having}: {there}"
-                )
-            chosen = chosen[: self.workers]
-        self._names = [worker.name for worker in chosen]
-        return [worker.address for worker in chosen]
-
-    async def _with_devices(self, workers: Sequence[WorkerInfo]) -> list[WorkerInfo]:
-        """Those of some workers whose ranks can have the devices that they need."""
-        if self.gpus is None:
-            return list(workers)
-        fit, self._devices = await with_devices(self.client, workers, self.gpus, LABEL, self.options["timeout"])
-        return fit
-
-    async def _there(self) -> list[WorkerInfo]:
-        """The workers that a rank could be on now, if any."""
-        there = await placement.usable_workers(self.client)
-        if self._named:
-            there = [worker for worker in there if worker.name in self._names]
-        try:
-            return await self._with_devices(there)
-        except (PlacementError, OSError) as error:  # one that has devices is lost, or is being lost
-            logger.info("no worker has devices now: %s", error)
-            return []
-
-    async def _still_there(self, places: list[str], *, any_will_do: bool) -> list[str]:
-        """Those of the places that have not left while the data were computed, elsewhere where they had to be."""
-        there = await self._there()
-        if any_will_do and there:  # an adaptive cluster's come and go until they have data
-            self._names = [worker.name for worker in there]
-            return [worker.address for worker in there]
-        addresses = {worker.address for worker in there}
-        left = [place for place in places if place in addresses]
-        if not left:
-            raise PlacementError("all workers that were to train have left the cluster while the data were computed")
-        return left
 
     def _work(
         self, parts: Sequence[Partitions], ranks: Sequence[str], step: int | None
@@ -382,5 +321,5 @@ def _adopted(model: Any, callbacks: Sequence[Any], trained: Trained) -> Any:
     history.set_model(model)
     history.set_params(trained.history["params"])
     history.history, history.epoch = trained.history["history"], trained.history["epoch"]
-    model.history = history
+    model.history, model.stop_training = history, trained.stopped
     return history

@@ -16,10 +16,11 @@ from typing import Any
 import numpy as np
 
 from dask_bridges.collective import Collective
+from dask_bridges.errors import DataError
 from dask_keras.host_calls import through_host
 from dask_keras.shares import Shares
 
-__all__ = ["Replicas", "apart", "host", "moving", "plain", "replica"]
+__all__ = ["Replicas", "apart", "check_adds_up", "host", "moving", "plain", "replica"]
 
 
 class Replicas:
@@ -183,6 +184,23 @@ def assign(variables: Sequence[Any], flat: Any) -> None:
 def moving(model: Any) -> list[Any]:
     """What layers keep beside their weights and adapt while they train, such as moving means."""
     return [variable for variable in model.non_trainable_variables if "float" in str(variable.dtype)]
+
+
+def check_adds_up(model: Any) -> None:
+    """Refuse metrics that keep no sum: a sum starts at zero, which a maximum, say, does not.
+
+    Raises
+    ------
+    DataError
+        Naming one.
+    """
+    model.reset_metrics()
+    for variable in model.metrics_variables:
+        if np.any(host(variable)):
+            raise DataError(
+                f"the metric variable {variable.path} starts at other values than zero, so it is no sum over rows, and "
+                "its values in several places cannot be merged: leave the metric out of compile()"
+            )
 
 
 class _Optimizer:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import pickle
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ def fit(
     initial_epoch: int = 0,
     validation_data: str | None = None,
     validation_steps: int | None = None,
-    validation_freq: int = 1,
+    validation_freq: int | Sequence[int] = 1,
     callbacks: Any = None,
     class_weight: Mapping[int, float] | None = None,
     shuffle: bool = True,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -71,7 +71,7 @@ def fit(
     callbacks: Any = None,
     validation_data: Any = None,
     validation_steps: int | None = None,
-    validation_freq: int = 1,
+    validation_freq: int | Sequence[int] = 1,
     class_weight: dict[int, float] | None = None,
     steps_per_closure: int | None = None,
     verbose: int = 0,
@@ -183,9 +183,12 @@ def _repeated(dataset_fn: Callable[[], Any], class_weight: dict[int, float] | No
     return repeated
 
 
-def _validation(model: Any, data: Any, steps: int | None, every: int) -> Callable[[int], dict[str, float]]:
+def _validation(
+    model: Any, data: Any, steps: int | None, freq: int | Sequence[int]
+) -> Callable[[int], dict[str, float]]:
     def validate(epoch: int) -> dict[str, float]:
-        if data is None or (epoch + 1) % every:
+        due = (epoch + 1) % freq == 0 if isinstance(freq, int) else epoch + 1 in freq
+        if data is None or not due:
             return {}
         now = data() if callable(data) else data
         x, y, weight = (*now, None, None)[:3] if isinstance(now, (tuple, list)) else (now, None, None)
