@@ -103,6 +103,7 @@ class Both:
             np.testing.assert_allclose(together.history.history[name], values, err_msg=name, **NEAR)
         assert alone.history.history.keys() == together.history.history.keys()
         assert alone.history.epoch == together.history.epoch
+        assert alone.stop_training == together.stop_training
         assert int(together.optimizer.iterations.numpy()) == int(alone.optimizer.iterations.numpy())
         same_weights(alone, together)
         return alone, together

@@ -156,10 +156,16 @@ def test_several_outputs_with_their_weights(keras: Any, data: Any, evaluated: An
         lazy_x = dd.from_pandas(pd.DataFrame(X, columns=list("abcd")), npartitions=3)
         sizes = tuple(lazy_x.map_partitions(len).compute(scheduler="sync"))
         lazy_y = [lazy(each, sizes) for each in y]
-    for return_dict in (True, False):
-        found = evaluated(model, lazy_x, lazy_y, batch_size=16, return_dict=return_dict)
+    weights = [data["weight"], data["weight"][::-1].copy()]
+    w: Any = dict(zip("np", weights)) if form == "dicts" else weights
+    lazy_w: Any = {name: lazy(v) for name, v in w.items()} if form == "dicts" else [lazy(v) for v in w]
+    if form == "frame of inputs":
+        lazy_w = [lazy(each, sizes) for each in w]
+    for return_dict, plain, ours in ((True, None, None), (False, None, None), (True, w, lazy_w)):
+        found = evaluated(model, lazy_x, lazy_y, batch_size=16, return_dict=return_dict, sample_weight=ours)
         # In one batch: of several, Keras on TensorFlow averages the losses of outputs without their lengths.
-        close(found, model.evaluate(x, y, batch_size=ROWS, verbose=0, return_dict=return_dict))
+        wanted = model.evaluate(x, y, batch_size=ROWS, verbose=0, return_dict=return_dict, sample_weight=plain)
+        close(found, wanted)
 
 
 def test_upstream_still_counts_batches_for_the_losses_of_outputs(keras: Any, data: Any) -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 import signal
 import struct
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import psutil
 import pytest
 from distributed import Client, LocalCluster
 
-from dask_bridges import DataError, MemberLost, safekeeping
+from dask_bridges import DataError, MemberLost, PlacementError, safekeeping
 from dask_bridges.checkpoints import Checkpoints
 from dask_bridges.processes import memberspool
 from dask_bridges.testing import command_line_cluster, leftovers, wait_until_free
@@ -108,6 +109,13 @@ def seen(folder: Path, rank: int) -> int:
 
 def die() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def die_with_dask_workers(pids: Sequence[int]) -> None:
+    """All of them at once."""
+    for pid in pids:
+        os.kill(pid, signal.SIGKILL)
+    signal.pause()
 
 
 def die_with_dask_worker() -> None:
@@ -385,3 +393,31 @@ def test_a_later_call_begins_anew_where_an_earlier_one_kept_in_memory(
     fit(client, first, checkpoint="memory://")
     same(second, fit(client, second, checkpoint="memory://"), undisturbed)
     assert seen(tmp_path, 0) == EPOCHS * 2 * STEPS
+
+
+@pytest.mark.slow
+def test_when_all_workers_are_lost_at_once_it_begins_anew_and_says_so(
+    client: Client, tmp_path: Path, undisturbed: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    kill = functools.partial(die_with_dask_workers, list(client.run(os.getpid).values()))
+    call = 2 * STEPS + 3  # the first epoch has been kept, by each of them
+    model = made(Kill(tmp_path / "mark", 0, call, kill))
+    with dask.config.set({"dask-bridges.worker-return-timeout": "60s"}):
+        history = fit(client, model, checkpoint="memory://")
+    assert (tmp_path / "mark").exists()
+    assert seen(tmp_path, 0) == call + EPOCHS * 2 * STEPS
+    assert "It begins anew" in caplog.text
+    same(model, history, undisturbed)
+
+
+@pytest.mark.slow
+def test_when_all_workers_are_lost_for_good_their_names_are_told(tmp_path: Path) -> None:
+    soon = {"dask-bridges.worker-return-timeout": "1s", "dask-bridges.timeout": "5s"}
+    with command_line_cluster(workers=2, nanny=False) as cluster:
+        kill = functools.partial(die_with_dask_workers, list(cluster.client.run(os.getpid).values()))
+        model = made(Kill(tmp_path / "mark", 0, STEPS, kill))
+        before = model.get_weights()
+        with dask.config.set(soon), pytest.raises(PlacementError, match="has no workers, and none came") as lost:
+            fit(cluster.client, model, checkpoint="memory://")
+        assert isinstance(lost.value.__cause__, MemberLost)
+    assert all(np.array_equal(ours, theirs) for ours, theirs in zip(model.get_weights(), before))

@@ -13,7 +13,8 @@ import pandas as pd
 import pytest
 from distributed import Client
 
-from dask_bridges.testing import leftovers
+from dask_bridges import DataError, MemberFailed
+from dask_bridges.testing import leftovers, wait_until_free
 from dask_keras.layout import Layout
 from dask_tf import encoding
 
@@ -210,11 +211,89 @@ def test_losses_of_layers_alone_with_constraints_and_frozen_layers(both: Both) -
     np.testing.assert_array_equal(together.layers[1].kernel, fresh(make).layers[1].kernel)
 
 
+class OwnLoss(keras.Model):  # type: ignore[misc]
+    """Computes its loss itself, and a metric with it."""
+
+    def __init__(self, **keywords: Any) -> None:
+        super().__init__(**keywords)
+        drawn = (keras.initializers.GlorotUniform(seed=seed) for seed in range(2))  # the same in every process
+        self.hidden = layers.Dense(4, "tanh", kernel_initializer=next(drawn))
+        self.end = layers.Dense(1, kernel_initializer=next(drawn))
+        self.far = keras.metrics.Mean(name="far")
+
+    def call(self, inputs: Any) -> Any:
+        return self.end(self.hidden(inputs))
+
+    def compute_loss(
+        self, x: Any = None, y: Any = None, y_pred: Any = None, sample_weight: Any = None, training: bool = True
+    ) -> Any:
+        apart = ops.square(y - y_pred[:, 0])
+        self.far.update_state(apart)
+        return ops.mean(apart) + 0.1 * ops.mean(ops.abs(x))
+
+
+@pytest.mark.slow
+def test_a_loss_that_the_model_computes_itself(both: Both) -> None:
+    def make() -> Any:
+        model = OwnLoss()
+        model.compile("adam", metrics=["mae"])
+        return model
+
+    _, together = both.same(make, numbers(3), numbers(seed=3))
+    assert set(together.history.history) == {"loss", "far", "mae", "val_loss", "val_far", "val_mae"}
+
+
+@pytest.mark.slow
+def test_a_mask_that_ends_before_the_output(both: Both) -> None:
+    def make() -> Any:
+        stack = [layers.Embedding(9, 3, mask_zero=True), layers.LSTM(4), layers.Dense(1, "sigmoid")]
+        model = keras.Sequential([keras.Input((6,), dtype="int32"), *stack])
+        model.compile("adam", "binary_crossentropy", metrics=["accuracy"])
+        return model
+
+    words = np.random.default_rng(2).integers(0, 9, size=(ROWS, 6)).astype("int32")
+    both.same(make, words, (numbers() > 0).astype("float32"))
+
+
+# Precision and compilation
+
+
+@pytest.mark.slow
+def test_half_precision_with_a_scaled_loss(both: Both) -> None:
+    def make() -> Any:
+        stack = [layers.Dense(4, "tanh", dtype="mixed_float16"), layers.Dense(1, dtype="mixed_float16")]
+        model = keras.Sequential([keras.Input((3,)), *stack])
+        scaled = keras.optimizers.LossScaleOptimizer(
+            keras.optimizers.SGD(0.05), initial_scale=2.0**30, dynamic_growth_steps=4
+        )
+        model.compile(scaled, "mse")
+        return model
+
+    alone, together = both.same(make, numbers(3), numbers(seed=3), near=4e-3)
+    assert float(together.optimizer.dynamic_scale) == float(alone.optimizer.dynamic_scale) < 2.0**30
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [{"jit_compile": True}, {"run_eagerly": True}], ids=str)
+def test_a_model_stays_compiled_as_it_is(both: Both, how: dict[str, bool]) -> None:
+    def make() -> Any:
+        model = network()
+        model.compile("adam", "mse", **how)
+        return model
+
+    _, together = both.same(make, numbers(3), numbers(seed=3))
+    assert {name: getattr(together, name) for name in how} == how
+
+
 # Epochs
 
 
+def network() -> Any:
+    return keras.Sequential([keras.Input((3,)), layers.Dense(4, "tanh"), layers.Dense(1)])
+
+
 def dense() -> Any:
-    model = keras.Sequential([keras.Input((3,)), layers.Dense(4, "tanh"), layers.Dense(1)])
+    model = network()
     model.compile("adam", "mse", metrics=["mae"])
     return model
 
@@ -234,3 +313,57 @@ def test_epochs_of_other_lengths_than_a_pass_go_on_in_the_rows(both: Both, steps
     assert together.history.epoch == alone.history.epoch == [1, 2, 3]
     assert len(together.history.history["val_loss"]) == 2
     equal(alone, together)
+
+
+@pytest.mark.slow
+def test_fit_after_fit_with_layers_thawed_in_between(both: Both) -> None:
+    x, y, at = numbers(3), numbers(seed=3), order(LAYOUT, BATCH)
+    alone, together = fresh(network), fresh(network)
+    for thawed in (False, True):
+        for model in (alone, together):
+            model.layers[0].trainable = thawed
+            model.compile("adam", "mse")
+        for _ in range(2):
+            alone.fit(x[at], y[at], batch_size=BATCH, shuffle=False, verbose=0)
+            dask_keras.fit(both.client, together, spread(x), spread(y), workers=2, batch_size=BATCH, shuffle=False)
+            equal(alone, together)
+        assert int(together.optimizer.iterations) == 2 * ROWS // BATCH
+
+
+# What cannot be merged
+
+
+class Largest(keras.metrics.Metric):  # type: ignore[misc]
+    """A metric that is no sum over rows."""
+
+    def __init__(self, name: str = "largest", **keywords: Any) -> None:
+        super().__init__(name=name, **keywords)
+        self.value = self.add_variable((), initializer="zeros", name="value")
+
+    def update_state(self, y_true: Any, y_pred: Any, sample_weight: Any = None) -> None:
+        self.value.assign(ops.maximum(self.value, ops.max(y_pred)))
+
+    def result(self) -> Any:
+        return self.value
+
+    def reset_state(self) -> None:
+        self.value.assign(-1e9)
+
+
+@pytest.mark.slow
+def test_a_metric_that_is_no_sum_is_refused(bridges_client: Client) -> None:
+    model = fresh(dense)
+    model.compile("adam", "mse", metrics=[Largest()])
+    with pytest.raises(DataError, match=r"largest/value starts at other values than zero.*leave the metric out"):
+        dask_keras.fit(bridges_client, model, spread(numbers(3)), spread(numbers()), workers=2)
+    wait_until_free(bridges_client, timeout=30)
+
+
+@pytest.mark.slow
+def test_a_model_without_any_loss_says_so(bridges_client: Client) -> None:
+    inputs = keras.Input((3,))
+    model = type("Ours", (keras.Model,), {})(inputs, layers.Dense(1)(inputs))  # might add a loss, and does not
+    model.compile("sgd")
+    with pytest.raises(MemberFailed, match="No loss to compute"):
+        dask_keras.fit(bridges_client, model, spread(numbers(3)), spread(numbers()), workers=2)
+    wait_until_free(bridges_client, timeout=30)
