@@ -319,7 +319,7 @@ for step in range(first, first + 10_000):
 @pytest.mark.parametrize(
     ("place", "files", "size", "calls"),
     # Few and large, on disk: the time goes into writing. Many and small, in memory: as much into removing.
-    [(None, 4, 20_000, 60), ("/dev/shm", 300, 1, 3000)],
+    [(None, 4, 20_000, 60), pytest.param("/dev/shm", 300, 1, 3000, marks=pytest.mark.slow)],
     ids=["large", "many"],
 )
 def test_savers_killed_at_any_moment_leave_whole_checkpoints(

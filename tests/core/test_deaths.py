@@ -158,6 +158,7 @@ def test_a_frozen_worker_is_found_by_what_its_nanny_sees(doomed: Client) -> None
     assert_runs_again(doomed, addresses(doomed))
 
 
+@pytest.mark.slow
 def test_without_a_nanny_a_frozen_worker_is_given_more_time() -> None:
     with dask.config.set(SHORT), command_line_cluster(workers=2, nanny=False) as cluster:
         client = cluster.client
@@ -189,6 +190,7 @@ def test_with_the_default_deadlines_40_seconds_with_the_gil_are_no_alarm() -> No
 # Killed
 
 
+@pytest.mark.slow
 def test_a_vanished_worker_quotes_its_nanny(doomed: Client) -> None:
     workers, processes = addresses(doomed), pids(doomed)
     with running(doomed, until_stopped, workers, "killed") as gang:
@@ -211,6 +213,7 @@ def test_a_worker_that_its_nanny_killed_for_memory_says_so() -> None:
         assert caught.value.rank == 1
 
 
+@pytest.mark.slow
 def test_a_worker_killed_after_its_member_has_finished_is_a_lost_member(doomed: Client) -> None:
     workers, processes = addresses(doomed), pids(doomed)
     gang = Gang(doomed, GangPlan("gang", rank_0_waits, ["waits"] * 3, workers))
@@ -237,7 +240,13 @@ def test_a_worker_killed_while_its_result_is_fetched_is_a_lost_member_that_does_
     assert sorted(log.read_text().split()) == ["0", "1", "2"]
 
 
-@pytest.mark.parametrize("how", ["client.restart", "client.restart_workers", "client.retire_workers"])
+@pytest.mark.parametrize(
+    "how",
+    [
+        "client.restart",
+        *(pytest.param(f"client.{how}", marks=pytest.mark.slow) for how in ("restart_workers", "retire_workers")),
+    ],
+)
 def test_workers_taken_away_are_lost_members(doomed: Client, how: str) -> None:
     workers = addresses(doomed)
     with running(doomed, until_stopped, workers, "taken") as gang:
@@ -312,7 +321,7 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize("function", ["until_stopped", "never_ending"])
+@pytest.mark.parametrize("function", [pytest.param("until_stopped", marks=pytest.mark.slow), "never_ending"])
 def test_members_end_with_a_killed_client(doomed: Client, function: str, tmp_path: Any) -> None:
     script = tmp_path / "client.py"
     script.write_text(_CLIENT)

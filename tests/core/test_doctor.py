@@ -65,6 +65,7 @@ def test_it_leaves_nothing_on_the_workers(bridges_client: Client) -> None:
 
 
 @pytest.mark.cluster
+@pytest.mark.slow
 def test_the_scheduler_needs_nothing_of_ours() -> None:
     with command_line_cluster(workers=1, nanny=False, bare_scheduler=True) as cluster:
         diagnosis = cluster.client.sync(doctor.cluster, cluster.client)
@@ -125,6 +126,7 @@ def test_what_workers_need_not_have_may_be_missing(bridges_client: Client, worke
 
 
 @pytest.mark.cluster
+@pytest.mark.slow
 def test_a_worker_without_this_package_is_told_and_the_others_are_looked_at() -> None:
     with command_line_cluster(workers=2, nanny=False, bare_workers=1) as cluster:
         diagnosis = cluster.client.sync(doctor.cluster, cluster.client)

@@ -190,6 +190,7 @@ class Spoils(keras.callbacks.Callback):  # type: ignore[misc]
             self.model.set_weights([weight + 3 for weight in self.model.get_weights()])
 
 
+@pytest.mark.slow
 def test_tensorboard_shows_what_it_shows_of_one_process(both: Both, tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
     both.same(lambda where: [keras.callbacks.TensorBoard(tmp_path / where)], epochs=2, validate=9)

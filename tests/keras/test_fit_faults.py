@@ -343,6 +343,7 @@ class DyingHalfWay:
         return keras.losses.mean_squared_error(y_true, y_pred)
 
 
+@pytest.mark.slow
 def test_a_training_goes_on_from_what_the_workers_keep_in_memory(
     client: Client, tmp_path: Path, undisturbed: Any
 ) -> None:

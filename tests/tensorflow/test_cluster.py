@@ -92,6 +92,7 @@ def test_servers_listen_where_the_specification_says_on_the_hosts_of_their_dask_
     assert leftovers(bridges_client) == {}
 
 
+@pytest.mark.slow
 def test_without_roles_there_is_a_worker_on_every_dask_worker_and_no_server(
     start: Start, bridges_client: Client
 ) -> None:

@@ -168,6 +168,7 @@ def test_a_worker_that_crashes_again_and_again_is_given_up(client: Client, watch
 # An essential one
 
 
+@pytest.mark.slow
 def test_a_killed_parameter_server_ends_all_and_is_named(client: Client, watch: Any, gone: Any) -> None:
     with fed(client, watch) as (cluster, watcher):
         processes = watcher.processes()

@@ -72,7 +72,7 @@ def rows_of(batches: Any) -> list[int]:
 # Order
 
 
-@pytest.mark.parametrize("drop_remainder", [False, True])
+@pytest.mark.parametrize("drop_remainder", [False, pytest.param(True, marks=pytest.mark.slow)])
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.integers(0, 30), min_size=1, max_size=6), st.sampled_from([1, 3, 8, 64]), st.sampled_from([1, 7, 8]))
 def test_rows_come_in_order_in_full_batches_whatever_the_partitions(
@@ -135,7 +135,7 @@ def test_numbers_out_of_range_are_refused(tf: Any, options: dict[str, Any], mess
 # Shuffling
 
 
-@pytest.mark.parametrize("window_bytes", [None, 200, 2000])
+@pytest.mark.parametrize("window_bytes", [None, pytest.param(200, marks=pytest.mark.slow), 2000])
 @settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.integers(0, 60), min_size=1, max_size=6), st.sampled_from([1, 3, 8, 64]))
 def test_shuffling_loses_and_repeats_no_row(

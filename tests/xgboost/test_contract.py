@@ -58,7 +58,6 @@ class TestXGBoost(XGBoost, RunContract, TurnContract):
 
     told_within = FailureContract.told_within
     test_the_root_cause_is_raised = FailureContract.test_the_root_cause_is_raised_and_the_workers_are_free
-    test_a_killed_member_is_named = FailureContract.test_a_killed_member_is_named_and_the_next_training_runs
 
 
 @pytest.mark.slow  # many clusters of their own

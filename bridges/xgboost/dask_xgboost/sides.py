@@ -54,7 +54,7 @@ class Side:
 
     def rows_of(self, matrix: Any) -> Any:
         """A matrix of these rows, without features."""
-        proxy = xgb.DMatrix(np.empty((int(self.mask.sum()), 1), dtype="float32"), nthread=1)
+        proxy = xgb.DMatrix(np.zeros((int(self.mask.sum()), 1), dtype="float32"), nthread=1)
         for name in _FIELDS:
             values = matrix.get_float_info(name)
             if values.size:
