@@ -1,4 +1,4 @@
-"""`dask_keras.fit` on 2 processes: its steps beside a MultiWorkerMirrored run by hand and one process; its batches.
+"""`dask_keras.fit` on 2 processes: steps beside a MultiWorkerMirrored run by hand and one process; starts; batches.
 
 Two dense networks are trained in batches of 256 rows, a half on each process. Each process computes with one thread,
 and what starts and traces is not counted. Keras 3 under MultiWorkerMirroredStrategy fails at its first batch
@@ -204,6 +204,36 @@ def steps(runs: int) -> None:
         show(case, "steps/s", {OURS: ours, HAND: hand, ALONE: one}, ours=OURS, limits=[ALONE], more=True)
 
 
+# Starts
+
+
+class Begun(keras.callbacks.Callback):
+    """When the ranks have met, and their first batch is next."""
+
+    def on_train_begin(self, logs: Any = None) -> None:
+        self.at = time.time()
+
+
+def starts(runs: int) -> None:
+    """The first training on new workers, and those after it."""
+    from distributed import Client, LocalCluster
+
+    import dask_keras
+
+    found = []
+    with (
+        LocalCluster(n_workers=PROCESSES, threads_per_worker=1, dashboard_address=":0") as cluster,
+        Client(cluster) as client,
+    ):
+        X, y = held(client)
+        for _ in range(1 + runs):
+            begun, model, called = Begun(), network(UNITS[0]), time.time()
+            dask_keras.fit(client, model, X, y, batch_size=BATCH, steps_per_epoch=1, callbacks=[begun], verbose=0)
+            found.append(begun.at - called)
+    first, *later = found
+    show("from the call of fit until it trains", "s", {"first fit": [first, first], "fit after fit": later}, head=False)
+
+
 # Feeding
 
 
@@ -281,6 +311,7 @@ def main() -> None:
     parser.add_argument("--passes", type=int, default=9, help="over the batches")
     options = parser.parse_args()
     feeding(options.passes)
+    starts(options.runs)
     steps(options.runs)
 
 
