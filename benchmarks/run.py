@@ -44,7 +44,7 @@ class Benchmark:
 
     name: str
     title: str
-    #: So that all of them together take fewer than 20 minutes on 2 cores.
+    #: Chosen for 20 minutes of all together on 2 quiet cores.
     arguments: tuple[str, ...] = ()
     #: Seconds after which it has failed.
     limit: float = 600
