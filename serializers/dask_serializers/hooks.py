@@ -46,8 +46,9 @@ def activate(*_: Any) -> None:
     # Dask may be half imported now, and registers hooks of its own at the end of that import; and Keras must be
     # taught when it is imported, since an object that merely holds a model asks no dispatcher for Keras.
     wrapt.register_post_import_hook(_when_imported(_take_over), "distributed.protocol")
-    for library in LIBRARIES:
-        wrapt.register_post_import_hook(_when_imported(partial(_teach, library)), library)
+    for library, ours in LIBRARIES.items():
+        for name in (library, ours):
+            wrapt.register_post_import_hook(_when_imported(partial(_teach, library)), name)
 
 
 def _when_imported(act: Callable[[], None]) -> Callable[[Any], None]:
@@ -96,7 +97,9 @@ def _teach(library: str) -> None:
     if not _active or "distributed.protocol" not in sys.modules:
         return
     try:
-        import_module(LIBRARIES[library]).teach(*_dispatchers())
+        ours = import_module(LIBRARIES[library])
+        if hasattr(ours, "teach"):  # else it is what imports the library just now, and has a hook of its own
+            ours.teach(*_dispatchers())
     except Exception:
         # This runs inside the user's own `import keras`: a version we do not know must not break that.
         logger.warning("Objects of this version of %s cannot be moved by dask-bridges", library, exc_info=True)

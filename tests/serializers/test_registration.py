@@ -52,6 +52,15 @@ def test_an_installed_package_needs_no_call_whatever_is_imported_first(order: st
     assert run(f"{MOVES}\n{order.strip()}\n{MODEL}\nprint(moves(model))") == ["True"]
 
 
+def test_an_object_that_holds_a_model_moves_where_a_model_has_arrived_before_keras_was_imported() -> None:
+    code = f"""
+import distributed, dask_serializers.keras
+{MODEL}
+print(b"arrive_nested" in distributed.protocol.pickle.dumps([model]))
+"""
+    assert run(code) == ["True"]
+
+
 def test_registering_imports_no_framework() -> None:
     code = """
     import sys
@@ -81,7 +90,8 @@ def test_a_version_we_do_not_know_still_imports() -> None:
     import sys, types
     from dask_serializers import hooks
     import distributed
-    sys.modules["dask_serializers.keras"] = types.ModuleType("unknown")  # has no teach()
+    sys.modules["dask_serializers.keras"] = unknown = types.ModuleType("unknown")
+    unknown.teach = None  # fails where it is called
     import keras
     print(keras.Sequential.__name__)
     """
