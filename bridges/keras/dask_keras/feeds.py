@@ -13,8 +13,9 @@ __all__ = ["endless", "once"]
 
 #: Batches that are ready before they are asked for.
 _READY = 2
-#: A call into Python takes as long as a small batch: of batches below so many bytes, it reads about so many bytes.
-_SMALL, _GROUP = 2**18, 2**20
+#: A call into Python takes as long as a small batch: of batches below so many bytes, it reads about so many bytes, and
+#: so many batches at most.
+_SMALL, _GROUP, _MOST = 2**18, 2**21, 256
 
 
 def endless(batches: Batches, first: int) -> Any:
@@ -41,35 +42,50 @@ def _dataset(batches: Batches, first: int, steps: int | None) -> Any:
     arrays = keras.tree.flatten(example)
     last = np.iinfo(np.int64).max if steps is None else first + steps
     size = max(1, sum(array.nbytes for array in arrays))
-    together = 1 if size >= _SMALL else min(last - first, _GROUP // size)
+    most = 1 if size >= _SMALL else min(_GROUP // size, _MOST)
 
-    def read(step: int) -> list[Any]:
-        """The rows of some steps, and where those of each begin and end."""
-        found = [keras.tree.flatten(batches[at]) for at in range(step, min(step + together, last))]
-        ends = np.cumsum([0, *(len(flat[0]) for flat in found)])
-        return [*(np.concatenate(parts) if len(parts) > 1 else parts[0] for parts in zip(*found)), ends]
-
-    def tensors(step: Any) -> tuple[list[Any], Any]:
-        kinds = [*(array.dtype for array in arrays), np.int64]
-        *found, ends = tf.numpy_function(lambda at: read(int(at)), [step], kinds)
-        ends.set_shape((None,))
+    def made(found: Any, *leading: None) -> Any:
         for tensor, array in zip(found, arrays):
-            tensor.set_shape((None, *array.shape[1:]))
-        return found, ends
+            tensor.set_shape((*leading, None, *array.shape[1:]))
+        return keras.tree.pack_sequence_as(example, found)
 
-    def one(step: Any) -> Any:
-        return keras.tree.pack_sequence_as(example, tensors(step)[0])
+    def read(step: Any) -> Any:
+        return tf.numpy_function(lambda at: keras.tree.flatten(batches[int(at)]), [step], [a.dtype for a in arrays])
 
-    def some(step: Any) -> Any:
-        found, ends = tensors(step)
+    if most == 1:
+        return tf.data.Dataset.range(first, last).map(lambda step: made(read(step))).prefetch(_READY)
 
-        def of_step(at: Any) -> Any:
-            return keras.tree.pack_sequence_as(example, [tensor[ends[at] : ends[at + 1]] for tensor in found])
+    def read_some(step: int) -> list[Any]:
+        """The step after some, the numbers of rows in these, and their rows, stacked."""
+        counts, rows = batches.together(step, min(most, last - step)) if step < last else ([], example)
+        stacked = [_stacked(array, counts) for array in keras.tree.flatten(rows)]
+        return [np.int64(step + len(counts)), np.array(counts, np.int64), *stacked]
 
-        return tf.data.Dataset.range(tf.shape(ends, tf.int64)[0] - 1).map(of_step)
+    def some(step: Any, _: Any) -> Any:
+        kinds = [np.int64, np.int64, *(array.dtype for array in arrays)]
+        after, counts, *found = tf.numpy_function(lambda at: read_some(int(at)), [step], kinds)
+        after.set_shape(())
+        counts.set_shape((None,))
+        return after, (counts, made(found, None))
 
-    steps_of_calls = tf.data.Dataset.range(first, last, together)
-    return (steps_of_calls.map(one) if together == 1 else steps_of_calls.flat_map(some)).prefetch(_READY)
+    def trimmed(count: Any, found: Any) -> Any:
+        return keras.tree.map_structure(lambda rows: rows[:count], found)
+
+    groups = tf.data.Dataset.counter().scan(np.int64(first), some).take_while(lambda counts, _: tf.size(counts) > 0)
+    if batches.shares.even:
+        return groups.map(lambda _, found: found).prefetch(1).unbatch().prefetch(_READY)
+    return groups.prefetch(1).unbatch().map(trimmed).prefetch(_READY)
+
+
+def _stacked(array: Any, counts: list[int]) -> Any:
+    """The rows of each step, filled up to the longest; on a new first axis."""
+    most = max(counts, default=0)
+    if len(counts) * most == sum(counts):
+        return array[: sum(counts)].reshape(len(counts), most, *array.shape[1:])
+    stacked = np.zeros((len(counts), most, *array.shape[1:]), array.dtype)
+    for at, (count, end) in enumerate(zip(counts, np.cumsum(counts))):
+        stacked[at, :count] = array[end - count : end]
+    return stacked
 
 
 class _Steps(keras.utils.PyDataset):  # type: ignore[misc]

@@ -44,6 +44,11 @@ class Shares:
         """Global batches of one pass over all rows."""
         return -(-self.total // self.batch_size)
 
+    @cached_property
+    def even(self) -> bool:
+        """Whether a rank brings the same number of rows to every batch but the last of a pass."""
+        return all(self.batch_size * held % self.total == 0 for held in self.rows)
+
     def of_step(self, step: int) -> tuple[int, ...]:
         """Rows of each rank in a step, counted over passes."""
         place = step % self.steps
