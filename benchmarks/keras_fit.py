@@ -36,7 +36,7 @@ from results import show
 PROCESSES, BATCH, COLUMNS = 2, 256, 64
 #: Of two hidden layers: about 50,000 and 1 million parameters.
 UNITS = (190, 958)
-FIRST, STEPS = 20, 170
+FIRST, STEPS = 20, 120
 FEED_ROWS, FEED_COLUMNS = 200_000, 128
 OURS, HAND, ALONE = "dask_keras.fit", "MultiWorkerMirroredStrategy by hand", "model.fit, 1 process"
 FEED, MEMORY, GENERATOR = "feed", "from_tensor_slices", "from_generator, a row"

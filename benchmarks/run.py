@@ -52,14 +52,19 @@ class Benchmark:
 
 
 BENCHMARKS = (
-    Benchmark("xgboost_train", "XGBoost", ("--only", "cold,repeated,tiny,predict", "--repeats", "3"), 1200, True),
+    Benchmark(
+        "xgboost_train",
+        "XGBoost",
+        ("--only", "cold,repeated,tiny,predict", "--rows", "500000", "--repeats", "3"),
+        drawn=True,
+    ),
     Benchmark("keras_fit", "Keras", ("--passes", "5"), drawn=True),
     Benchmark("tf_cluster", "A TensorFlow cluster"),
     Benchmark("tf_feed", "Rows for TensorFlow"),
     Benchmark("glm", "Logistic regression", ("--repeats", "3"), drawn=True),
-    Benchmark("models_moving", "Models that move", ("--repeats", "5", "--rounds", "400"), drawn=True),
+    Benchmark("models_moving", "Models that move", ("--repeats", "3", "--rounds", "400"), drawn=True),
     Benchmark("device_jobs", "Jobs that own their devices", drawn=True),
-    Benchmark("detection", "Deaths", ("--seeds", "3", "--quick", "--patience", "20")),
+    Benchmark("detection", "Deaths", ("--seeds", "2", "--quick", "--patience", "20")),
     Benchmark("gang_cost", "A gang by itself"),
     Benchmark("spool", "The spool"),
     Benchmark("report_cost", "The report of a run", ("--pairs", "3")),

@@ -30,8 +30,8 @@ from dask_bridges.events import Progress
 from results import show
 
 ROWS, COLUMNS, BATCH = 400_000, 128, 1024
-ROUNDS, PASSES, CLOSURE = 10, 9, 20
-STEPS, UNITS = 6000, 64
+ROUNDS, PASSES, CLOSURE = 6, 5, 20
+STEPS, UNITS = 3000, 64
 OURS, HAND = "start_tensorflow, feed", "servers started by hand"
 MEMORY = "from_tensor_slices in memory, in order"
 

@@ -30,10 +30,9 @@ def _modules() -> list[Any]:
         for package in (dask_bridges, dask_keras, dask_serializers, dask_tf, dask_xgboost)
         for info in pkgutil.walk_packages(package.__path__, f"{package.__name__}.")
     ]
-    # It imports all of Keras to show that models move.
-    found[found.index("dask_serializers.registration")] = pytest.param(
-        "dask_serializers.registration", marks=pytest.mark.slow
-    )
+    # They import all of Keras, or start TensorFlow.
+    for name in ("dask_serializers.registration", "dask_tf.cluster", "dask_tf.fitting"):
+        found[found.index(name)] = pytest.param(name, marks=pytest.mark.slow)
     return ["dask_bridges", "dask_keras", "dask_serializers", "dask_tf", "dask_xgboost", *found]
 
 

@@ -124,7 +124,7 @@ def start_tensorflow(
     >>> from dask_tf import start_tensorflow
     >>> def name_of(cluster):
     ...     return f"{cluster.role} {cluster.index}"
-    >>> with Client(n_workers=3, threads_per_worker=1) as client:  # doctest: +SKIP
+    >>> with Client(n_workers=3, threads_per_worker=1) as client:
     ...     with start_tensorflow(client, ps=1, worker=2) as cluster:
     ...         client.gather(cluster.run("worker", name_of, cluster))
     ['worker 0', 'worker 1']

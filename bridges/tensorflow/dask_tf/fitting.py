@@ -104,8 +104,19 @@ def fit(
 
     Examples
     --------
-    >>> cluster.feed(X, y, name="train")  # doctest: +SKIP
-    >>> history = dask_tf.fit(cluster, model, epochs=3)  # doctest: +SKIP
+    >>> import dask.array as da
+    >>> import keras
+    >>> from distributed import Client
+    >>> import dask_tf
+    >>> X = da.random.default_rng(0).random((1000, 4), chunks=(250, 4), dtype="float32")
+    >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(1)])
+    >>> model.compile("sgd", "mse")
+    >>> with Client(n_workers=3, threads_per_worker=1) as client:
+    ...     with dask_tf.start_tensorflow(client, ps=1, worker=1, chief=1) as cluster:
+    ...         feed = cluster.feed(X, X[:, 0], name="train")
+    ...         history = dask_tf.fit(cluster, model, epochs=3)
+    >>> history.history["loss"][2] < history.history["loss"][0]
+    True
     """
     training = Supervised(cluster, data, checkpoint, progress)
     source = Source(data, batch_size, shuffle, seed)
@@ -222,8 +233,16 @@ def train(
     ...     error = x @ state["w"] - y[:, None]
     ...     state["w"].assign_sub(0.01 * tf.transpose(x) @ error)
     ...     return {"loss": tf.reduce_mean(error**2)}
-    >>> dask_tf.train(cluster, build, step, steps=1000).values  # doctest: +SKIP
-    {'loss': 0.01}
+    >>> import dask.array as da
+    >>> from distributed import Client
+    >>> import dask_tf
+    >>> X = da.random.default_rng(0).random((1000, 4), chunks=(250, 4), dtype="float32")
+    >>> with Client(n_workers=3, threads_per_worker=1) as client:
+    ...     with dask_tf.start_tensorflow(client, ps=1, worker=1, chief=1) as cluster:
+    ...         feed = cluster.feed(X, X[:, 0], name="train")
+    ...         trained = dask_tf.train(cluster, build, step, steps=100)
+    >>> sorted(trained.values)
+    ['loss']
     """
     training = Supervised(cluster, data, checkpoint, progress)
     work = LoopWork(

@@ -69,9 +69,13 @@ class DMatrix(Definition):
     Examples
     --------
     >>> import dask.array as da
+    >>> from distributed import Client
+    >>> import dask_xgboost
     >>> X, y = da.random.random((1000, 4), chunks=(250, 4)), da.ones(1000, chunks=250)
-    >>> dtrain = DMatrix(client, X, y)                       # doctest: +SKIP
-    >>> train(client, {}, dtrain, num_boost_round=5)         # doctest: +SKIP
+    >>> with Client(processes=False, n_workers=1) as client:
+    ...     dtrain = dask_xgboost.DMatrix(client, X, y)
+    ...     dask_xgboost.train(client, {}, dtrain, num_boost_round=5).num_boosted_rounds()
+    5
     """
 
     def __init__(
