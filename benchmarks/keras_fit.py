@@ -185,19 +185,11 @@ def correct_keras() -> None:
     trainer.reduce_per_replica = reduced
 
 
-def steps(runs: int) -> None:
-    from distributed import Client, LocalCluster
-
+def steps(client: Any, X: Any, y: Any, runs: int) -> None:
     found = []
-    with (
-        LocalCluster(n_workers=PROCESSES, threads_per_worker=1, dashboard_address=":0") as cluster,
-        Client(cluster) as client,
-    ):
-        X, y = held(client)
-        on_dask(client, X, y, UNITS[0])  # its processes import TensorFlow
-        for _ in range(runs):  # in turns, so that what else this machine does falls on all
-            ours = [on_dask(client, X, y, units) for units in UNITS]
-            found.append((by_hand("mirrored", PROCESSES), ours, by_hand("alone", 1)))
+    for _ in range(runs):  # in turns, so that what else this machine does falls on all
+        ours = [on_dask(client, X, y, units) for units in UNITS]
+        found.append((by_hand("mirrored", PROCESSES), ours, by_hand("alone", 1)))
     for at, units in enumerate(UNITS):
         hand, ours, one = ([rates[at] for rates in way] for way in zip(*found))
         case = f"fit, {network(units).count_params():,} parameters, batches of {BATCH}, Adam"
@@ -214,24 +206,17 @@ class Begun(keras.callbacks.Callback):
         self.at = time.time()
 
 
-def starts(runs: int) -> None:
-    """The first training on new workers, and those after it."""
-    from distributed import Client, LocalCluster
-
+def starts(client: Any, X: Any, y: Any, runs: int) -> None:
+    """The first training on new workers, which import TensorFlow, and those after it."""
     import dask_keras
 
     found = []
-    with (
-        LocalCluster(n_workers=PROCESSES, threads_per_worker=1, dashboard_address=":0") as cluster,
-        Client(cluster) as client,
-    ):
-        X, y = held(client)
-        for _ in range(1 + runs):
-            begun, model, called = Begun(), network(UNITS[0]), time.time()
-            dask_keras.fit(client, model, X, y, batch_size=BATCH, steps_per_epoch=1, callbacks=[begun], verbose=0)
-            found.append(begun.at - called)
-    first, *later = found
-    show("from the call of fit until it trains", "s", {"first fit": [first, first], "fit after fit": later}, head=False)
+    for _ in range(1 + runs):
+        begun, model, called = Begun(), network(UNITS[0]), time.time()
+        dask_keras.fit(client, model, X, y, batch_size=BATCH, steps_per_epoch=1, callbacks=[begun], verbose=0)
+        found.append(begun.at - called)
+    first_and_later = {"first fit": found[:1], "fit after fit": found[1:]}
+    show("from the call of fit until it trains", "s", first_and_later, head=False)
 
 
 # Feeding
@@ -306,13 +291,21 @@ def main() -> None:
     if sys.argv[1:2] and sys.argv[1] in SCRIPTS:
         SCRIPTS[sys.argv[1]]()
         return
+
+    from distributed import Client, LocalCluster
+
     parser = argparse.ArgumentParser()
     parser.add_argument("--runs", type=int, default=3, help="of the trainings")
     parser.add_argument("--passes", type=int, default=9, help="over the batches")
     options = parser.parse_args()
     feeding(options.passes)
-    starts(options.runs)
-    steps(options.runs)
+    with (
+        LocalCluster(n_workers=PROCESSES, threads_per_worker=1, dashboard_address=":0") as cluster,
+        Client(cluster) as client,
+    ):
+        X, y = held(client)
+        starts(client, X, y, options.runs)
+        steps(client, X, y, options.runs)
 
 
 if __name__ == "__main__":

@@ -316,6 +316,7 @@ def test_children_are_gone_with_their_killed_worker(
     assert leftovers(bridges_doomed_client) == {}
 
 
+@pytest.mark.slow
 def test_even_frozen_children_are_gone_with_their_killed_worker(bridges_doomed_client: Client, tmp_path: Path) -> None:
     with running(bridges_doomed_client, until_stopped, tmp_path / "up") as (gang, processes):
         worker = processes[-1].parent().parent()

@@ -143,6 +143,7 @@ def wait_until_gone(pid: int) -> None:
 # Frozen
 
 
+@pytest.mark.slow
 def test_a_frozen_worker_is_found_by_what_its_nanny_sees(doomed: Client) -> None:
     workers, processes = addresses(doomed), pids(doomed)
     with running(doomed, until_stopped, workers, "frozen") as gang:
@@ -228,6 +229,7 @@ def test_a_worker_killed_after_its_member_has_finished_is_a_lost_member(doomed: 
     assert_runs_again(doomed, [workers[0], workers[2]])
 
 
+@pytest.mark.slow
 def test_a_worker_killed_while_its_result_is_fetched_is_a_lost_member_that_does_not_run_again(
     doomed: Client, tmp_path: Path
 ) -> None:
@@ -240,13 +242,8 @@ def test_a_worker_killed_while_its_result_is_fetched_is_a_lost_member_that_does_
     assert sorted(log.read_text().split()) == ["0", "1", "2"]
 
 
-@pytest.mark.parametrize(
-    "how",
-    [
-        "client.restart",
-        *(pytest.param(f"client.{how}", marks=pytest.mark.slow) for how in ("restart_workers", "retire_workers")),
-    ],
-)
+@pytest.mark.parametrize("how", ["client.restart", "client.restart_workers", "client.retire_workers"])
+@pytest.mark.slow
 def test_workers_taken_away_are_lost_members(doomed: Client, how: str) -> None:
     workers = addresses(doomed)
     with running(doomed, until_stopped, workers, "taken") as gang:
@@ -342,6 +339,7 @@ def test_members_end_with_a_killed_client(doomed: Client, function: str, tmp_pat
     assert_runs_again(doomed, workers)
 
 
+@pytest.mark.slow
 def test_a_stuck_member_whose_peers_fail_has_its_worker_restarted(doomed: Client) -> None:
     workers, processes = addresses(doomed)[:2], pids(doomed)
     with running(doomed, never_ending, workers, "stuck") as gang:

@@ -77,6 +77,7 @@ def test_the_scheduler_needs_nothing_of_ours() -> None:
 
 
 @pytest.mark.cluster
+@pytest.mark.slow
 def test_the_exit_status_tells_whether_something_is_wrong(bridges_client: Client, worker: str) -> None:
     sound = bool(bridges_client.sync(doctor.cluster, bridges_client).problems)
     arguments = ["doctor", "--scheduler", bridges_client.scheduler.address]
@@ -289,6 +290,7 @@ with Client(sys.argv[1], timeout=60) as client:
 
 @pytest.mark.cluster
 @pytest.mark.skipif(bool(missing_for_networks()), reason=missing_for_networks())
+@pytest.mark.slow
 def test_a_firewall_between_workers_is_told_with_both_ends() -> None:
     with network("one", "two") as hosts, cluster_of_hosts(hosts, "one", ["one", "two"]) as address:
         hosts.forbid("two", "9000-9010")

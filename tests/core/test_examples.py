@@ -90,6 +90,7 @@ def test_the_metrics_in_the_docs_are_of_all_rows(client: Client) -> None:
 
 
 @pytest.mark.cluster
+@pytest.mark.slow
 def test_the_first_training_of_the_docs_runs_as_a_script(tmp_path: Path) -> None:
     script = tmp_path / "first.py"
     script.write_text(_block("docs/start.md", "dask_xgboost.train"))

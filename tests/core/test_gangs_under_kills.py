@@ -48,7 +48,7 @@ if __name__ == "__main__":
                 assert results == [list(range(size))] * size
                 outcome = "finished"
             except (MemberLost, PlacementError) as error:
-                outcome = type(error).__name__
+                outcome = "MemberLost" if isinstance(error, MemberLost) else "PlacementError"  # or a kind of these
             done += outcome != "PlacementError"
             print(json.dumps([gang.id, outcome]), flush=True)
 """

@@ -159,6 +159,7 @@ def test_schedules_logs_and_checkpoints_come_out_as_in_one_process(both: Both, t
             same_weights(*read)
 
 
+@pytest.mark.slow
 def test_early_stopping_restores_the_best_weights_and_plateaus_lower_the_rate(both: Both) -> None:
     made: dict[str, list[Any]] = {}
 

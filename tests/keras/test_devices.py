@@ -103,6 +103,7 @@ def seen(flags: Flags) -> list[str]:
     return [path.read_text() for path in sorted(flags.folder.glob("rank-*"))]
 
 
+@pytest.mark.slow
 def test_each_rank_sees_a_device_of_its_own_which_is_free_afterwards(client: Client, flags: Flags) -> None:
     with meanwhile(client, made(tell_and_wait, flags), flags, gpus_per_member=1):
         first, second = flags.wait("rank-0"), flags.wait("rank-1")

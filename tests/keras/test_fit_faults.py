@@ -169,11 +169,12 @@ def same(model: Any, history: Any, undisturbed: tuple[list[Any], dict[str, list[
 @pytest.mark.parametrize(
     ("rank", "call"),
     [
-        pytest.param(1, 1, id="start", marks=pytest.mark.slow),
+        pytest.param(1, 1, id="start"),
         pytest.param(0, STEPS, id="epoch"),
-        pytest.param(1, STEPS + 2, id="validation", marks=pytest.mark.slow),
+        pytest.param(1, STEPS + 2, id="validation"),
     ],
 )
+@pytest.mark.slow
 def test_a_killed_rank_ends_the_training_and_is_named(client: Client, tmp_path: Path, rank: int, call: int) -> None:
     model = made(Kill(tmp_path / "mark", rank, call, die))
     before = model.get_weights()

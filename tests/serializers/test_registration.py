@@ -52,6 +52,7 @@ def test_an_installed_package_needs_no_call_whatever_is_imported_first(order: st
     assert run(f"{MOVES}\n{order.strip()}\n{MODEL}\nprint(moves(model))") == ["True"]
 
 
+@pytest.mark.slow
 def test_an_object_that_holds_a_model_moves_where_a_model_has_arrived_before_keras_was_imported() -> None:
     code = f"""
 import distributed, dask_serializers.keras

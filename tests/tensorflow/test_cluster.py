@@ -102,6 +102,7 @@ def test_without_roles_there_is_a_worker_on_every_dask_worker_and_no_server(
         assert not any(listens(address) for address in cluster.tf_spec.job_tasks("worker"))
 
 
+@pytest.mark.slow
 def test_roles_have_any_names_and_those_that_lead_come_first(start: Start) -> None:
     with start(worker=1, gardener=1, chief=1) as cluster:
         assert [row["task"] for row in cluster.status()] == ["chief:0", "worker:0", "gardener:0"]
@@ -371,6 +372,7 @@ sys.meta_path.insert(0, Dies())
 """
 
 
+@pytest.mark.slow
 def test_a_task_that_dies_while_it_starts_is_named_with_its_last_lines(
     start: Start, bridges_client: Client, tmp_path: Path
 ) -> None:

@@ -132,6 +132,7 @@ def test_a_frozen_worker_is_noticed_and_comes_back(client: Client, watch: Any) -
         assert totals(cluster) == ALL
 
 
+@pytest.mark.slow
 def test_a_worker_comes_back_on_its_host_when_its_dask_worker_is_killed(client: Client, watch: Any) -> None:
     with fed(client, watch) as (cluster, watcher):
         before = watcher.row("worker:1")
@@ -258,6 +259,7 @@ def _slowly(block: Any) -> Any:
     return block
 
 
+@pytest.mark.slow
 def test_a_process_killed_while_all_is_closed_is_no_trouble(client: Client, watch: Any, gone: Any) -> None:
     cluster = start_tensorflow(client, ps=1, worker=2)
     watcher = watch(cluster)

@@ -135,7 +135,8 @@ def test_numbers_out_of_range_are_refused(tf: Any, options: dict[str, Any], mess
 # Shuffling
 
 
-@pytest.mark.parametrize("window_bytes", [None, pytest.param(200, marks=pytest.mark.slow), 2000])
+@pytest.mark.slow
+@pytest.mark.parametrize("window_bytes", [None, 200, 2000])
 @settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.integers(0, 60), min_size=1, max_size=6), st.sampled_from([1, 3, 8, 64]))
 def test_shuffling_loses_and_repeats_no_row(
@@ -264,6 +265,7 @@ def test_frames_are_dicts_of_columns_and_series_are_flat(tf: Any, fed: Callable[
     np.testing.assert_array_equal(weight, frame["a"])
 
 
+@pytest.mark.slow
 def test_keras_trains_on_it(tf: Any, fed: Callable[..., Feed]) -> None:
     keras = pytest.importorskip("keras")
     if keras.backend.backend() != "tensorflow":

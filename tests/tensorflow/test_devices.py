@@ -28,6 +28,7 @@ def seen(cluster: Any, role: str) -> list[str | None]:
     return list(cluster.client.gather(cluster.run(role, visible)))
 
 
+@pytest.mark.slow
 def test_a_roles_tasks_have_devices_of_their_own_and_other_tasks_see_none(start: Start, client: Client) -> None:
     with start(client, ps=1, worker=2, gpus={"worker": 1}, share=True) as cluster:
         first, second = seen(cluster, "worker")

@@ -146,6 +146,7 @@ def test_no_update_is_lost_and_the_model_is_trained_in_place(cluster: Any) -> No
     assert any((a != b).any() for a, b in zip(before, model.get_weights()))
 
 
+@pytest.mark.slow
 def test_training_goes_on_from_where_the_model_is(cluster: Any, digits: tuple[Any, Any]) -> None:
     X, y = digits
     model = new_model()
@@ -156,6 +157,7 @@ def test_training_goes_on_from_where_the_model_is(cluster: Any, digits: tuple[An
     assert int(model.optimizer.iterations) == iterations + history.steps
 
 
+@pytest.mark.slow
 def test_callbacks_run_where_the_training_is(cluster: Any) -> None:
     import keras
 
@@ -184,6 +186,7 @@ def values_of(state: Any) -> dict[str, Any]:
     return {name: variable.numpy() for name, variable in state.items()}
 
 
+@pytest.mark.slow
 def test_a_step_function_of_ones_own_loses_no_addition(cluster: Any) -> None:
     trained = dask_tf.train(
         cluster, build_linear, step_linear, steps=400, batch_size=20, result=values_of, shuffle=False, progress=False

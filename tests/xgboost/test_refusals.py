@@ -178,6 +178,7 @@ def security(tmp_path: Path) -> Security:
     return Security(require_encryption=True, tls_ca_file=certificate, **files)
 
 
+@pytest.mark.slow
 def test_a_cluster_under_tls_asks_for_consent_to_plain_tcp(security: Security) -> None:
     with (
         LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=":0", security=security) as cluster,

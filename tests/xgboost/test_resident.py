@@ -132,6 +132,7 @@ def test_evaluation_sets_are_kept_as_well(client: Client, tmp_path: Path) -> Non
     np.testing.assert_allclose(histories[0]["valid"]["logloss"], histories[2]["valid"]["logloss"], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_what_is_other_is_binned_anew(client: Client) -> None:
     X, y = arrays()
     others: list[dict[str, Any]] = [
@@ -186,6 +187,7 @@ def test_partitions_are_let_go_of_once_they_are_binned(client: Client, tmp_path:
 
 @pytest.mark.parametrize("where", ["one worker", "all workers"])
 @pytest.mark.parametrize("release", [True, False])
+@pytest.mark.slow
 def test_where_memory_is_short_it_is_dropped_and_binned_again(client: Client, where: str, release: bool) -> None:
     X, y = arrays()
     matrix = dask_xgboost.DMatrix(client, X, y, release=release)
@@ -244,6 +246,7 @@ async def take_away(keys: Sequence[Any], worker: str, to: str, dask_scheduler: S
 
 
 @pytest.mark.parametrize("more", [0, 1])
+@pytest.mark.slow
 def test_partitions_that_are_taken_away_are_brought_back_but_not_for_ever(
     client: Client, monkeypatch: pytest.MonkeyPatch, more: int
 ) -> None:
