@@ -44,7 +44,7 @@ class Benchmark:
 
     name: str
     title: str
-    #: Chosen for 20 minutes of all together on 2 quiet cores.
+    #: Chosen so that all together take 20 minutes on 2 quiet cores; on slow or busy ones it is half as long again.
     arguments: tuple[str, ...] = ()
     #: Seconds after which it has failed.
     limit: float = 600
