@@ -159,18 +159,10 @@ class Batches:
         """
         if step != self._next or step % self.shares.steps == 0:
             self._seek(step)
-        counts = [self._count(step)]
-        while len(counts) < most and counts[0] and (step + len(counts)) % self.shares.steps:
-            count = self._count(step + len(counts))
-            if not count or (self.shares.even and count != counts[0]):
-                break
-            counts.append(count)
+        counts = self.shares.of_rank(self.order.rank, step, most)
         self._next = step + len(counts)
         rows = self._take(sum(counts)) if counts[0] else self.files.first()
         return [count or 1 for count in counts], self._element(rows)
-
-    def _count(self, step: int) -> int:
-        return self.shares.of_step(step)[self.order.rank]
 
     def _seek(self, step: int) -> None:
         number, taken = self.shares.before(step)

@@ -55,6 +55,24 @@ class Shares:
         before, after = self._taken(place * self.batch_size), self._taken((place + 1) * self.batch_size)
         return tuple(b - a for a, b in zip(before, after))
 
+    def of_rank(self, rank: int, step: int, most: int) -> list[int]:
+        """Rows of a rank in a step and those after it, `most` of them at most, all of one pass.
+
+        Where it has none there is one step; if shares are even, all have the same number.
+        """
+        place, full = step % self.steps, self.total // self.batch_size
+        if self.even and self.rows[rank] and place < full:
+            return [self.batch_size * self.rows[rank] // self.total] * min(most, full - place)
+        counts = [self.of_step(step)[rank]]
+        if self.even:
+            return counts
+        while counts[0] and len(counts) < min(most, self.steps - place):
+            count = self.of_step(step + len(counts))[rank]
+            if not count:
+                break
+            counts.append(count)
+        return counts
+
     def before(self, step: int) -> tuple[int, tuple[int, ...]]:
         """The pass that a step is in, and the rows of each rank that are over in it."""
         number, place = divmod(step, self.steps)
