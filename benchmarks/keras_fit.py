@@ -269,7 +269,7 @@ def feeding(passes: int) -> None:
             mixed = plain.shuffle(25_000).batch(size).prefetch(2)
             found[f"{case}, shuffled"] = compare({FEED: ours(True), MEMORY: mixed}, passes)
             by_rows[case] = tf.data.Dataset.from_generator(by_row, output_signature=signature).batch(size).prefetch(2)
-        # Afterwards: what its passes leave in memory slows down others.
+        # Afterwards: in one process with it, the passes of the feed take twice as long.
         for case, batches in by_rows.items():
             found[case] |= compare({GENERATOR: batches}, 3)
     for case, rates in found.items():

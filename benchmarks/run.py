@@ -44,7 +44,7 @@ class Benchmark:
 
     name: str
     title: str
-    #: Chosen so that all together take 20 minutes on 2 quiet cores; on slow or busy ones it is half as long again.
+    #: All together take 20 to 30 minutes on 2 cores.
     arguments: tuple[str, ...] = ()
     #: Seconds after which it has failed.
     limit: float = 600

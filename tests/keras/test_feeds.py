@@ -53,11 +53,14 @@ def test_steps_that_are_read_together_have_the_rows_of_each(
 ) -> None:
     from dask_keras import feeds
 
-    def batches() -> Batches:
-        return Batches(files, Layout("X", "y"), Shares((ROWS, *others), batch_size), Order(shuffle, seed=3))
+    rank, shares = len(others), Shares((*others, ROWS), batch_size)
 
-    one_by_one = batches()
-    expected = [one_by_one[step] for step in range(first, first + steps)]
+    def batches() -> Batches:
+        return Batches(files, Layout("X", "y"), shares, Order(shuffle, seed=3, rank=rank))
+
+    one_by_one, numbers = batches(), range(first, first + steps)
+    expected = [one_by_one[step] for step in numbers]
+    assert [len(y) for _, y in expected] == [shares.of_step(step)[rank] or 1 for step in numbers]
     found = read(itertools.islice(feeds.endless(batches(), first), steps))
     if not first:
         found_once = read(feeds.once(batches(), steps))
