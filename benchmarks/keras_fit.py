@@ -39,7 +39,8 @@ UNITS = (190, 958)
 FIRST, STEPS = 20, 120
 FEED_ROWS, FEED_COLUMNS = 200_000, 128
 OURS, HAND, ALONE = "dask_keras.fit", "MultiWorkerMirroredStrategy by hand", "model.fit, 1 process"
-FEED, MEMORY, GENERATOR = "feed", "from_tensor_slices", "from_generator, a row"
+FEED, UNEVEN = "feed", "feed of a rank with 4/7 of the rows"
+MEMORY, GENERATOR = "from_tensor_slices", "from_generator, a row"
 
 
 # Steps
@@ -257,17 +258,20 @@ def feeding(passes: int) -> None:
             write(parts, schema, writer)
         folder = Path(spool.path) / "train"
         for size in (256, 1024):
-            shares = Shares((FEED_ROWS,), size)
+            whole = Shares((FEED_ROWS,), size)
+            uneven = Shares((FEED_ROWS, 150_001), round(size * (1 + 150_001 / FEED_ROWS)))
 
-            def ours(shuffle: bool, shares: Any = shares) -> Any:
+            def ours(shares: Shares, shuffle: bool = False) -> Any:
                 batches = Batches(Files(folder, schema), Layout("X", "y"), shares, Order(shuffle))
                 return once(batches, shares.steps)
 
             plain = tf.data.Dataset.from_tensor_slices((X, y))
             case = f"{FEED_COLUMNS} float32 columns, batches of {size}"
-            found[case] = compare({FEED: ours(False), MEMORY: plain.batch(size).prefetch(2)}, passes)
+            found[case] = compare(
+                {FEED: ours(whole), UNEVEN: ours(uneven), MEMORY: plain.batch(size).prefetch(2)}, passes
+            )
             mixed = plain.shuffle(25_000).batch(size).prefetch(2)
-            found[f"{case}, shuffled"] = compare({FEED: ours(True), MEMORY: mixed}, passes)
+            found[f"{case}, shuffled"] = compare({FEED: ours(whole, shuffle=True), MEMORY: mixed}, passes)
             by_rows[case] = tf.data.Dataset.from_generator(by_row, output_signature=signature).batch(size).prefetch(2)
         # Afterwards: in one process with it, the passes of the feed take twice as long.
         for case, batches in by_rows.items():

@@ -56,36 +56,22 @@ def _dataset(batches: Batches, first: int, steps: int | None) -> Any:
         return tf.data.Dataset.range(first, last).map(lambda step: made(read(step))).prefetch(_READY)
 
     def read_some(step: int) -> list[Any]:
-        """The step after some, the numbers of rows in these, and their rows, stacked."""
-        counts, rows = batches.together(step, min(most, last - step)) if step < last else ([], example)
-        stacked = [_stacked(array, counts) for array in keras.tree.flatten(rows)]
-        return [np.int64(step + len(counts)), np.array(counts, np.int64), *stacked]
+        """How many steps they are, none at the end; and their rows, stacked."""
+        if step >= last:
+            return [np.int64(0), *(array[:0, np.newaxis] for array in arrays)]
+        steps, rows = batches.together(step, min(most, last - step))
+        found = keras.tree.flatten(rows)
+        return [np.int64(steps), *(array.reshape(steps, len(array) // steps, *array.shape[1:]) for array in found)]
 
     def some(step: Any, _: Any) -> Any:
-        kinds = [np.int64, np.int64, *(array.dtype for array in arrays)]
-        after, counts, *found = tf.numpy_function(lambda at: read_some(int(at)), [step], kinds)
-        after.set_shape(())
-        counts.set_shape((None,))
-        return after, (counts, made(found, None))
+        steps, *found = tf.numpy_function(
+            lambda at: read_some(int(at)), [step], [np.int64, *(array.dtype for array in arrays)]
+        )
+        steps.set_shape(())
+        return step + steps, (steps, made(found, None))
 
-    def trimmed(count: Any, found: Any) -> Any:
-        return keras.tree.map_structure(lambda rows: rows[:count], found)
-
-    groups = tf.data.Dataset.counter().scan(np.int64(first), some).take_while(lambda counts, _: tf.size(counts) > 0)
-    if batches.shares.even:
-        return groups.map(lambda _, found: found).prefetch(1).unbatch().prefetch(_READY)
-    return groups.prefetch(1).unbatch().map(trimmed).prefetch(_READY)
-
-
-def _stacked(array: Any, counts: list[int]) -> Any:
-    """The rows of each step, filled up to the longest; on a new first axis."""
-    most = max(counts, default=0)
-    if len(counts) * most == sum(counts):
-        return array[: sum(counts)].reshape(len(counts), most, *array.shape[1:])
-    stacked = np.zeros((len(counts), most, *array.shape[1:]), array.dtype)
-    for at, (count, end) in enumerate(zip(counts, np.cumsum(counts))):
-        stacked[at, :count] = array[end - count : end]
-    return stacked
+    groups = tf.data.Dataset.counter().scan(np.int64(first), some).take_while(lambda steps, _: steps > 0)
+    return groups.map(lambda _, found: found).prefetch(1).unbatch().prefetch(_READY)
 
 
 class _Steps(keras.utils.PyDataset):  # type: ignore[misc]

@@ -148,21 +148,21 @@ class Batches:
         """The batch of a step; the next one is the quickest to get."""
         return self.together(step, 1)[1]
 
-    def together(self, step: int, most: int) -> tuple[list[int], Any]:
-        """The numbers of rows of several steps from one on, and all of their rows.
+    def together(self, step: int, most: int) -> tuple[int, Any]:
+        """Some steps from one on that have as many rows each: how many they are, and all of their rows.
 
         Parameters
         ----------
         step : int
         most : int
-            Steps, at most; all are of one pass, and if shares are even then also of one number of rows.
+            Steps, at most; all are of one pass.
         """
         if step != self._next or step % self.shares.steps == 0:
             self._seek(step)
-        counts = self.shares.of_rank(self.order.rank, step, most)
-        self._next = step + len(counts)
-        rows = self._take(sum(counts)) if counts[0] else self.files.first()
-        return [count or 1 for count in counts], self._element(rows)
+        count, steps = self.shares.of_rank(self.order.rank, step)
+        steps = min(steps, most) if count else 1
+        self._next = step + steps
+        return steps, self._element(self._take(count * steps) if count else self.files.first())
 
     def _seek(self, step: int) -> None:
         number, taken = self.shares.before(step)
