@@ -17,11 +17,11 @@ import numpy as np
 import pandas as pd
 import psutil
 import pytest
-from distributed import Client, Future, LocalCluster, get_client, wait
+from distributed import Client, Future, LocalCluster, get_client, get_worker, wait
 from tests.core.jobs_at_work import FOUR, Flags, add, find_in, find_not_in, gone, hold, wait_until, where
 
 from dask_bridges import PlacementError
-from dask_bridges.jobs import DevicePool, setup
+from dask_bridges.jobs import DevicePool, hosting, setup
 from dask_bridges.plugins import Children, Plugin
 from dask_bridges.testing import footprint
 from dask_bridges.testing.traces import wait_until_same
@@ -159,6 +159,42 @@ def test_the_highest_priority_runs_first(bridges_client: Client, flags: Flags) -
     assert (flags.folder / "order").read_text().split() == ["2", "1", "0"]
 
 
+def test_a_job_whose_thread_is_held_up_is_not_overtaken(bridges_client: Client, flags: Flags) -> None:
+    def first() -> None:
+        flags.set("order", "first")
+
+    def second() -> str:
+        return (flags.folder / "order").read_text() if (flags.folder / "order").exists() else "nobody"
+
+    def hold_up() -> Any:
+        original = hosting.secede
+
+        def slow() -> None:
+            original()
+            if get_worker().get_current_task().startswith("first-"):
+                with contextlib.suppress(AssertionError):
+                    wait_until(over.exists, 0.5, "the second job has not overtaken it")
+
+        hosting.secede = slow
+        return original
+
+    def let_go(original: Any) -> None:
+        hosting.secede = original
+
+    over = flags.folder / "over"
+    with contextlib.ExitStack() as stack, DevicePool(bridges_client, devices={"0": ["0"]}, preload=()) as pool:
+        original, *_ = bridges_client.run(hold_up).values()
+        stack.callback(bridges_client.run, let_go, original)
+        held = pool.submit(hold, flags, "up")
+        flags.wait("up")
+        futures = [pool.submit(first), pool.submit(second)]
+        futures[1].add_done_callback(lambda _: over.touch())
+        wait_until(lambda: waiting(bridges_client) == 2, 10, "they are not queued")
+        flags.set("go")
+        bridges_client.gather([held, *futures])
+        assert futures[1].result() == "first"
+
+
 def test_a_cancelled_job_is_gone_with_what_it_has_started(bridges_client: Client, flags: Flags) -> None:
     def starts() -> None:
         same = subprocess.Popen(["sleep", "1000"])
@@ -193,6 +229,17 @@ def test_a_cancelled_job_may_clean_up_and_no_longer(bridges_client: Client, flag
 
 @pytest.mark.parametrize("brief", [False, True])
 def test_jobs_that_wait_never_run_once_cancelled(bridges_client: Client, flags: Flags, brief: bool) -> None:
+    def known(future: Future) -> bool:
+        """To the scheduler or a worker."""
+
+        def at_scheduler(dask_scheduler: Any) -> bool:
+            return future.key in dask_scheduler.tasks
+
+        def at_worker(dask_worker: Any) -> bool:
+            return future.key in dask_worker.state.tasks
+
+        return bool(bridges_client.run_on_scheduler(at_scheduler)) or any(bridges_client.run(at_worker).values())
+
     with DevicePool(bridges_client, devices={"0": ["0"]}, preload=()) as pool:
         if brief:
             make_brief(pool)
@@ -203,6 +250,7 @@ def test_jobs_that_wait_never_run_once_cancelled(bridges_client: Client, flags: 
         if brief:
             sent_ahead(bridges_client, waiting[0])
         pool.cancel(waiting)
+        wait_until(lambda: not any(map(known, waiting)), 10, "they are not cancelled")
         flags.set("go")
         bridges_client.gather([held, last])
         assert not list(flags.folder.glob("ran-*"))

@@ -151,6 +151,7 @@ class _Host:
         self._spool, self._folder = spool, folder
         self._lock = threading.Condition()
         self._closing = ""
+        self._coming: dict[str, None] = {}  # jobs that Dask has started and that have not asked for devices, in order
         self._jobs: dict[str, _JobMember] = {}
         self._devices = {device.name: _Device() for device in hosting.devices}
         self._spares = Spares(member.worker, len(hosting.devices), hosting.environment)
@@ -161,8 +162,9 @@ class _Host:
         with self._listed(member):
             try:
                 holder = Holder(f"job {spec.key}", self.member.worker.address)
+                self._after_those_before(spec.key)
                 with (
-                    leases_here().lease(self.hosting.devices, spec.gpus, holder, member.may_wait) as lease,
+                    leases_here().lease(self.hosting.devices, spec.gpus, holder, partial(self._asks, member)) as lease,
                     self._counted(lease.devices),
                     _told(member, lease.devices),
                     self._work(spec, inputs, lease) as work,
@@ -185,6 +187,27 @@ class _Host:
                 if member.cancelled or member.leaving:
                     raise Reschedule() from None
                 raise
+
+    def comes(self, key: str) -> None:
+        """Dask starts a job here; jobs have their devices in this order, however their threads run."""
+        with self._lock:
+            self._coming[key] = None
+
+    def has_come(self, key: str) -> None:
+        """A job has asked for its devices, or will not."""
+        with self._lock:
+            if key in self._coming:
+                del self._coming[key]
+                self._lock.notify_all()
+
+    def _after_those_before(self, key: str) -> None:
+        with self._lock:
+            self._lock.wait_for(lambda: key not in self._coming or key == next(iter(self._coming)))
+
+    def _asks(self, member: _JobMember) -> None:
+        """Called when a job is in the queue for devices, and while it is."""
+        self.has_come(member.key)
+        member.may_wait()
 
     @contextlib.contextmanager
     def _listed(self, member: _JobMember) -> Iterator[None]:
@@ -305,17 +328,25 @@ def _told(member: _JobMember, devices: tuple[Device, ...]) -> Iterator[None]:
 _hosts: dict[tuple[str, str], _Host] = {}
 
 
-class _Cancelling:
-    """Hears of tasks that are cancelled while they run; a worker plugin."""
+class _Following:
+    """Hears which tasks start, and which are cancelled while they run; a worker plugin."""
 
     def __init__(self, worker: Worker) -> None:
         self._worker = worker
 
     def transition(self, key: Any, start: str, finish: str) -> None:
         """Dask's word that a task changes; on its event loop."""
-        if finish == "released" and start in ("executing", "long-running"):
-            for (address, _), host in list(_hosts.items()):
-                if address == self._worker.address:
+        if finish != "executing" and start not in ("executing", "long-running"):
+            return
+        for (address, pool), host in list(_hosts.items()):
+            if address != self._worker.address:
+                continue
+            if finish == "executing":
+                if resource_of(pool) in self._worker.state.tasks[key].resource_restrictions:
+                    host.comes(key)
+            elif finish != "long-running":
+                host.has_come(key)
+                if finish == "released":
                     host.cancel(key)
 
 
@@ -333,7 +364,7 @@ def host_devices(member: WorkerMember, hosting: Hosting) -> None:
     member.on_stop(stopped.set)
     leases_here().ignored |= hosting.ignored
     guard_current_frames()  # each job has some threads
-    worker.plugins.setdefault(_PLUGIN, _Cancelling(worker))
+    worker.plugins.setdefault(_PLUGIN, _Following(worker))
     worker.stream_handlers.setdefault(GIVE_BACK, partial(_give_back, worker))
     with member_spool(member) as (spool, folder):
         host = _hosts[worker.address, hosting.pool] = _Host(member, hosting, spool, folder)

@@ -360,7 +360,10 @@ class DevicePool:
             raise PlacementError(f"gpus={gpus!r}: a job's devices are all of one host, and {there}")
 
     def cancel(self, futures: Future | Iterable[Future]) -> Any:
-        """Cancel jobs: those that wait never run, those that run are ended, with what they have started."""
+        """Cancel jobs: those that wait do not run, those that run are ended, with what they have started.
+
+        It returns once this is asked: who begins in these milliseconds is ended, too.
+        """
         listed = [futures] if isinstance(futures, Future) else list(futures)
         return clients.call(self.client, self._cancel, listed)
 
