@@ -279,7 +279,7 @@ def test_it_goes_on_after_a_loss_and_leaves_nothing_of_the_dead(
 
 # Larger than memory
 
-LIMIT, TIMES, COLUMNS, EACH = 448 << 20, 4, 100, 10_000
+LIMIT, TIMES, COLUMNS, EACH = 512 << 20, 4, 100, 10_000
 
 
 def _drawn(numbers: Any) -> Any:

@@ -150,19 +150,20 @@ def test_xgboost_takes_the_edges_as_they_are() -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "rows", "gpus", "wanted"),
+    ("given", "rows", "sparse", "gpus", "wanted"),
     [
-        ("auto", 99_999, False, False),
-        ("auto", 100_000, False, True),
-        ("auto", 100_000, True, False),
-        ("quantiles", 10, True, True),
-        ("sketch", 100_000, False, False),
+        ("auto", 99_999, False, False, False),
+        ("auto", 100_000, False, False, True),
+        ("auto", 100_000, False, True, False),
+        ("auto", 100_000, True, False, False),
+        ("quantiles", 10, True, True, True),
+        ("sketch", 100_000, False, False, False),
     ],
 )
-def test_few_rows_are_cut_by_xgboosts_sketch_unless_told_otherwise(
-    given: str, rows: int, gpus: bool, wanted: bool
+def test_few_rows_and_sparse_ones_are_cut_by_xgboosts_sketch_unless_told_otherwise(
+    given: str, rows: int, sparse: bool, gpus: bool, wanted: bool
 ) -> None:
-    matrix: Any = SimpleNamespace(rows=rows)
+    matrix: Any = SimpleNamespace(rows=rows, sparse=sparse)
     assert Datasets(matrix, [], 256, given, gpus).by_quantiles() is wanted
 
 
@@ -245,6 +246,7 @@ def test_weights_of_groups_and_sparse_rows_are_cut_at_their_quantiles(bridges_cl
     )  # fmt: skip
     assert booster.num_boosted_rounds() == 5
     sparse = da.from_array(np.nan_to_num(X), chunks=(200, 3)).map_blocks(sp.csr_matrix)
+    assert [dask_xgboost.DMatrix(bridges_client, each, whole[1]).sparse for each in (whole[0], sparse)] == [False, True]
     booster = dask_xgboost.train(bridges_client, {"max_bin": 16}, sparse, whole[1], num_boost_round=5, cuts="quantiles")
     alone = xgb.train({"max_bin": 16}, xgb.QuantileDMatrix(sp.csr_matrix(np.nan_to_num(X)), y, max_bin=16), 5)
     rows = xgb.DMatrix(sp.csr_matrix(np.nan_to_num(X)))

@@ -41,12 +41,15 @@ class BlockInfo:
         `FieldInfo` of each numeric field.
     groups : ndarray or None
         The distinct query ids.
+    sparse : bool
+        Whether it is a sparse matrix.
     """
 
     columns: tuple[Any, ...]
     categories: dict[str, Any] = field(default_factory=dict)
     fields: dict[str, FieldInfo] = field(default_factory=dict)
     groups: Any = None
+    sparse: bool = False
 
 
 def split(part: Part, columns: Mapping[str, str]) -> tuple[Any, dict[str, Any]]:
@@ -90,6 +93,7 @@ def inspect(part: Part, columns: tuple[tuple[str, str], ...] = ()) -> BlockInfo:
         categories=_categories(X),
         fields={name: _range(as_array(values)) for name, values in fields.items() if name != "qid"},
         groups=np.unique(groups_of(part, dict(columns))) if "qid" in fields else None,
+        sparse=hasattr(X, "tocsr"),
     )
 
 

@@ -164,6 +164,11 @@ class DMatrix(Definition):
         await place(self.client, [self], workers)
         return self
 
+    @property
+    def sparse(self) -> bool:
+        """Whether some partition is a sparse matrix."""
+        return any(info.sparse for info in self.infos)
+
     def _check(self) -> None:
         if not self.rows:
             raise DataError(f"{self.role} has no rows in any of its {len(self.parts.rows)} partitions")

@@ -29,8 +29,8 @@ SUMMARY = np.dtype([("column", "int32"), ("value", "float32"), ("equal", "float6
 #: Columns that are turned into rows, and sorted, at a time.
 _TILE = 8
 
-#: So many summaries at least become one, which is as large as four of them.
-_AT_LEAST = 12
+#: So many summaries of blocks at least become one, which is as large as four of them; and so many of those.
+_AT_LEAST, _AGAIN = 12, 4
 
 #: Bins in which the values of large blocks are counted.
 _BINS = 1 << 15
@@ -274,7 +274,7 @@ class Collected:
             self._levels.append([])
         these = self._levels[level]
         these.append(summary)
-        if len(these) >= _AT_LEAST and sum(each.nbytes for each in these) > self._limit:
+        if len(these) >= (_AGAIN if level else _AT_LEAST) and sum(each.nbytes for each in these) > self._limit:
             self._levels[level] = []
             self.add(compress_all(these, 4 * self._points), level + 1)
 

@@ -130,7 +130,8 @@ def train(
     cuts : {"auto", "quantiles", "sketch"}
         Where columns are cut into bins: at the quantiles of all rows, each within a ``1 / (4 * max_bin)`` of the
         exact one, whose cuts do not depend on where partitions lie; or where XGBoost's own sketch of each
-        worker's rows says, which takes longer. "auto" is "quantiles" from 100,000 rows on, and "sketch" on GPUs.
+        worker's rows says, which takes longer. "auto" is "quantiles" from 100,000 rows on, and "sketch" on GPUs and
+        for sparse matrices.
     external_memory : bool or path, default False
         Keep what is binned on the workers' disks, for data that are larger than their memory, also of evaluation
         sets. See `DMatrix`; a matrix that is given says so itself.
