@@ -187,6 +187,8 @@ class _Host:
                 if member.cancelled or member.leaving:
                     raise Reschedule() from None
                 raise
+            finally:
+                self.has_come(spec.key)
 
     def comes(self, key: str) -> None:
         """Dask starts a job here; jobs have their devices in this order, however their threads run."""
@@ -202,7 +204,7 @@ class _Host:
 
     def _after_those_before(self, key: str) -> None:
         with self._lock:
-            self._lock.wait_for(lambda: key not in self._coming or key == next(iter(self._coming)))
+            self._lock.wait_for(lambda: self._closing or key not in self._coming or key == next(iter(self._coming)))
 
     def _asks(self, member: _JobMember) -> None:
         """Called when a job is in the queue for devices, and while it is."""
@@ -291,6 +293,7 @@ class _Host:
         with self._lock:
             self._closing = self.member.stopping or "the pool was closed"
             jobs = list(self._jobs.values())
+            self._lock.notify_all()
         for job in jobs:
             job.cancel(self._closing)
         with self._lock:
