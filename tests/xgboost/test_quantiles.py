@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 import dask_xgboost
 from dask_xgboost import cuts
 from dask_xgboost.datasets import Datasets
-from dask_xgboost.quantiles import compress, quantiles, summarise
+from dask_xgboost.quantiles import Collected, compress, quantiles, summarise
 
 MAX_BIN = 64
 ROWS = 20_000
@@ -109,6 +109,19 @@ def test_summaries_of_many_blocks_are_brought_down_to_one_at_little_loss() -> No
     less = compress(np.concatenate(found), 4 * MAX_BIN)
     assert len(less) <= 4 * MAX_BIN + 1 < sum(map(len, found)) / 10
     assert worst(values[:, 0], quantiles(less, MAX_BIN)[0], np.ones(ROWS)) <= 2 / (4 * MAX_BIN)
+
+
+def test_summaries_of_very_many_blocks_take_little_memory_at_little_loss() -> None:
+    points, rng = 6 * MAX_BIN, np.random.default_rng(0)
+    values = rng.permutation(np.arange(400 * 1000, dtype="float64"))
+    found, most, one = Collected(points, limit=1), 0, 0
+    for block in values.reshape(400, 1000, 1):
+        found.add(summary := summarise(block, points=points))
+        one = max(one, summary.nbytes)
+        most = max(most, sum(each.nbytes for each in found.each()))
+    assert most <= 45 * one  # 11 of blocks; then 3, 3 and 2 that are four times as large
+    loss = worst(values, quantiles(np.concatenate(found.each()), MAX_BIN)[0], np.ones(len(values)))
+    assert loss <= 1 / (2 * points) + 3 / (8 * points)
 
 
 @settings(deadline=None, max_examples=25)

@@ -32,7 +32,7 @@ class Shares:
     Steps share rows in blocks of 128. Between blocks they are handed out by the divisor
     method of Sainte-Lague, which takes no row back as the total grows; within one, a rank
     brings one row more in steps that follow one another, by McNaughton's rule, so that
-    its number of rows changes twice at most: equal batches are the quickest to read.
+    its number of rows changes twice in it at most: equal batches are the quickest to read.
 
     Examples
     --------
@@ -74,7 +74,7 @@ class Shares:
         """The block that a step of a pass is in, and its place there."""
         full = self.total // self.batch_size
         first = full if place >= full else place - place % _TOGETHER
-        return _block(self, first, self.steps if first == full else min(first + _TOGETHER, full)), place - first
+        return _dealt(self, first, self.steps if first == full else min(first + _TOGETHER, full)), place - first
 
     def _taken(self, wanted: int) -> tuple[int, ...]:
         """Rows of each rank among the first `wanted` of all: row i of n has the priority (2 i + 1) / n."""
@@ -129,7 +129,8 @@ class _Block:
 
 
 @functools.lru_cache(64)  # the feed is in one block, and the training in another
-def _block(shares: Shares, first: int, until: int) -> _Block:
+def _dealt(shares: Shares, first: int, until: int) -> _Block:
+    """The rows of the steps of a pass from the first to before `until`."""
     before, after = shares._taken(first * shares.batch_size), shares._taken(until * shares.batch_size)
     steps, start = until - first, 0
     least, starts, more = [], [], []

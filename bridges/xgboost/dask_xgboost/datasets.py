@@ -12,8 +12,8 @@ from dask_xgboost.dmatrix import DMatrix
 
 __all__ = ["Datasets"]
 
-#: From so many rows on, finding quantiles takes less time than XGBoost's sketch; of sparse ones it never does: a column
-#: of a block costs some 0.1 ms however few values it has, and the sketch some 30 ns a value.
+#: From so many rows on, finding quantiles takes less time than XGBoost's sketch; of sparse ones it seldom does: a
+#: column of a block costs some 0.1 ms however few values it has, and the sketch some 30 ns a value.
 _MANY_ROWS = 100_000
 
 

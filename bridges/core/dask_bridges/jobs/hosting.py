@@ -23,6 +23,7 @@ from dask_bridges.devices import Device, Holder, leases_here
 from dask_bridges.dispatcher import GIVE_BACK
 from dask_bridges.events import Event, Log
 from dask_bridges.jobs import job as in_child
+from dask_bridges.jobs.arrivals import Arrivals
 from dask_bridges.jobs.events import JobLog, Offered, Ran
 from dask_bridges.jobs.job import FOLDER, Work
 from dask_bridges.jobs.results import opened
@@ -148,10 +149,10 @@ class _Host:
         self.member = member
         self.hosting = hosting
         self.opened = time.time()
+        self.arrivals = Arrivals()
         self._spool, self._folder = spool, folder
         self._lock = threading.Condition()
         self._closing = ""
-        self._coming: dict[str, None] = {}  # jobs that Dask has started and that have not asked for devices, in order
         self._jobs: dict[str, _JobMember] = {}
         self._devices = {device.name: _Device() for device in hosting.devices}
         self._spares = Spares(member.worker, len(hosting.devices), hosting.environment)
@@ -162,7 +163,7 @@ class _Host:
         with self._listed(member):
             try:
                 holder = Holder(f"job {spec.key}", self.member.worker.address)
-                self._after_those_before(spec.key)
+                self.arrivals.wait_for_those_before(spec.key)
                 with (
                     leases_here().lease(self.hosting.devices, spec.gpus, holder, partial(self._asks, member)) as lease,
                     self._counted(lease.devices),
@@ -188,27 +189,11 @@ class _Host:
                     raise Reschedule() from None
                 raise
             finally:
-                self.has_come(spec.key)
-
-    def comes(self, key: str) -> None:
-        """Dask starts a job here; jobs have their devices in this order, however their threads run."""
-        with self._lock:
-            self._coming[key] = None
-
-    def has_come(self, key: str) -> None:
-        """A job has asked for its devices, or will not."""
-        with self._lock:
-            if key in self._coming:
-                del self._coming[key]
-                self._lock.notify_all()
-
-    def _after_those_before(self, key: str) -> None:
-        with self._lock:
-            self._lock.wait_for(lambda: self._closing or key not in self._coming or key == next(iter(self._coming)))
+                self.arrivals.over(spec.key)
 
     def _asks(self, member: _JobMember) -> None:
         """Called when a job is in the queue for devices, and while it is."""
-        self.has_come(member.key)
+        self.arrivals.over(member.key)
         member.may_wait()
 
     @contextlib.contextmanager
@@ -293,7 +278,7 @@ class _Host:
         with self._lock:
             self._closing = self.member.stopping or "the pool was closed"
             jobs = list(self._jobs.values())
-            self._lock.notify_all()
+        self.arrivals.close()
         for job in jobs:
             job.cancel(self._closing)
         with self._lock:
@@ -346,9 +331,9 @@ class _Following:
                 continue
             if finish == "executing":
                 if resource_of(pool) in self._worker.state.tasks[key].resource_restrictions:
-                    host.comes(key)
+                    host.arrivals.expect(key)
             elif finish != "long-running":
-                host.has_come(key)
+                host.arrivals.over(key)
                 if finish == "released":
                     host.cancel(key)
 
