@@ -26,6 +26,7 @@ from hypothesis import strategies as st
 
 from dask_bridges import DataError, PlacementError, config, partitions
 from dask_bridges.partitions import Partitions, assign
+from dask_bridges.shipping import sealed
 from dask_bridges.task import WorkerMember
 from dask_bridges.testing import loopback
 
@@ -233,6 +234,27 @@ def test_empty_partitions_are_ordinary(client: Client) -> None:
     parts = load(client, {"X": da.ones((20, 2), chunks=((0, 8, 0, 12), 2)), "y": da.ones(20, chunks=20)})
     assert parts.rows == [0, 8, 0, 12]
     assert parts.filled() == [1, 3]
+
+
+# A function of the rows
+
+
+@pytest.mark.parametrize("ndim", [1, 2, 3])
+def test_a_function_of_rows_gets_the_blocks_themselves_and_gives_a_lazy_array(ndim: int) -> None:
+    held = np.arange(24.0).reshape([(24,), (6, 4), (6, 2, 2)][ndim - 1])
+    X = da.from_delayed(dask.delayed(lambda: held, pure=False)(), held.shape, held.dtype)
+    y = da.ones((len(held), 2), chunks=(len(held), 2))
+    seen = []
+
+    def both(x_block: Any, y_block: Any, *, scale: float) -> Any:
+        seen.append(x_block)
+        return np.stack([x_block.reshape(len(x_block), -1).sum(axis=1) * scale, y_block.sum(axis=1)], axis=1)
+
+    found = partitions.map_rows(sealed(both), [X, y], (2,), "float64", name="both", scale=dask.delayed(10))
+    assert found.chunks == ((len(held),), (2,))
+    assert seen == []
+    np.testing.assert_array_equal(found.compute(scheduler="sync"), both(held, np.ones((len(held), 2)), scale=10))
+    assert seen[0] is held
 
 
 # Failures

@@ -164,15 +164,27 @@ def test_rows_that_are_here_are_predicted_here(rows: Any, boosters: Any) -> None
 # The graph
 
 
-def test_the_booster_is_one_node_of_the_graph(rows: Any, boosters: Any) -> None:
-    frame = dd.from_pandas(pd.DataFrame(rows.X, columns=COLUMNS), npartitions=6)
-    for found in (
-        dask_xgboost.predict(None, boosters["binary:logistic", False], da.from_array(rows.X, chunks=(70, 5))),
-        dask_xgboost.predict(None, boosters["binary:logistic", True], frame),
-        dask_xgboost.predict(None, boosters["binary:logistic", True], frame, pred_interactions=True),
+@pytest.mark.parametrize("large", [False, True], ids=["small", "large"])
+def test_a_small_booster_goes_with_the_tasks_and_a_large_one_is_one_node_of_the_graph(
+    rows: Any, boosters: Any, large: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unnamed, named = boosters["binary:logistic", False], boosters["binary:logistic", True]
+    if large:
+        monkeypatch.setattr("dask_xgboost.prediction._WITH_TASKS", len(unnamed.save_raw()))
+    table = pd.DataFrame(rows.X, columns=COLUMNS)
+    frame = dd.from_pandas(table, npartitions=6)
+    for found, values in (
+        (dask_xgboost.predict(None, unnamed, da.from_array(rows.X, chunks=(70, 5))), expected(unnamed, rows.X)),
+        (dask_xgboost.predict(None, named, frame), expected(named, table)),
+        (
+            dask_xgboost.predict(None, named, frame, pred_interactions=True),
+            expected(named, table, pred_interactions=True),
+        ),
     ):
         (lazy,) = dask.optimize(found)
-        assert sum("_Model" in str(key) for key in dict(lazy.__dask_graph__())) == 1
+        assert sum("_Model" in str(key) for key in dict(lazy.__dask_graph__())) == large
+        with lazily:
+            np.testing.assert_allclose(found.compute(), values, rtol=1e-6, atol=1e-6)
 
 
 @cluster
@@ -227,6 +239,7 @@ def test_a_worker_loads_a_booster_once_and_sends_on_its_bytes(boosters: Any) -> 
     sent = pickle.dumps(model)
     assert len(sent) < len(model.raw) + 200
     assert pickle.loads(sent).booster(2).num_boosted_rounds() == 4
+    assert pickle.loads(sent) is pickle.loads(sent)
 
 
 # What is refused

@@ -132,48 +132,19 @@ def _lengths(slot: Slot) -> tuple[float, ...]:
 
 def _arrays(packed: Packed, plan: Plan, arrays: list[Any]) -> list[Any]:
     """One layer for all outputs, and if they are several, one for each that takes its own."""
-    import dask.array as da
-
-    # Rows are axis 0 of all; no other axis is shared.
-    operands = [
-        (block, (0, *(-10 * number - axis for axis in range(1, block.ndim)))) for number, block in enumerate(arrays)
-    ]
+    function, slots = sealed(predict_blocks, plan=plan), plan.outputs.slots
     name = "predict_blocks-" + dask.base.tokenize(plan, *arrays)
-    one = len(plan.outputs.slots) == 1
-    layer = da.blockwise(
-        sealed(predict_blocks, plan=plan),
-        *_described(plan.outputs.slots[0] if one else None),
-        *(item for pair in operands for item in pair),
-        model=packed.node(),
-        concatenate=True,
-        name=name,
-        **_declared(plan.outputs.slots[0] if one else None),
-    )
-    if one:
-        return [layer]
+    if len(slots) == 1:
+        declared = _lengths(slots[0]), _dtype(slots[0])
+        return [partitions.map_rows(function, arrays, *declared, name=name, model=packed.node())]
+    # A tuple of outputs for each block.
+    layer = partitions.map_rows(function, arrays, (), np.dtype(object), name=name, model=packed.node())
     return [
-        da.blockwise(
-            itemgetter(place), *_described(slot), layer, (0,), name=f"predict_output-{place}-{name}", **_declared(slot)
+        partitions.map_rows(
+            sealed(itemgetter(place)), [layer], _lengths(slot), _dtype(slot), name=f"predict_output-{place}-{name}"
         )
-        for place, slot in enumerate(plan.outputs.slots)
+        for place, slot in enumerate(slots)
     ]
-
-
-def _described(slot: Slot | None) -> tuple[tuple[int, ...]]:
-    return (tuple(range(1 + len(slot.shape) if slot else 1)),)
-
-
-def _declared(slot: Slot | None) -> dict[str, Any]:
-    if slot is None:
-        return {"dtype": np.dtype(object), "meta": np.empty(0, object)}
-    axes = range(1, 1 + len(slot.shape))
-    dtype = _dtype(slot)
-    return {
-        # Axes that only the data tells the lengths of.
-        "new_axes": dict(zip(axes, _lengths(slot))),
-        "dtype": dtype,
-        "meta": np.empty((0,) * (1 + len(slot.shape)), dtype),
-    }
 
 
 def _meta(slot: Slot, frame: Any) -> Any:

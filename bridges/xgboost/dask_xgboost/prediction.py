@@ -1,7 +1,8 @@
-"""`predict`: lazy, one layer on the graph, the booster one node of it."""
+"""`predict`: lazy, one layer on the graph; the booster within it, or a node of its own where it is large."""
 
 from __future__ import annotations
 
+import functools
 import math
 import threading
 from dataclasses import asdict, dataclass
@@ -20,6 +21,9 @@ __all__ = ["predict"]
 
 #: From so many rows on, another thread saves more than it costs to start.
 _ROWS_A_THREAD = 10_000
+#: Bytes of a booster, once for each partition, that travel with the tasks: a task
+#: of its own and its way to the other workers take longer than to send so many.
+_WITH_TASKS = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -63,9 +67,10 @@ def predict(
     """Predict every row of `data`, lazily; the keywords of `xgboost.Booster.predict`.
 
     Nothing runs before the result is computed, by whichever client or scheduler.
-    The booster travels once to each worker, which loads it once. A partition is
-    predicted by one thread, and by more where a worker has fewer partitions to
-    predict than threads. It is done on CPUs, wherever the booster was trained.
+    The booster travels once to each worker, or with each task where that comes to
+    4 MiB at most in all; a worker loads it once. A partition is predicted by one
+    thread, and by more where a worker has fewer partitions to predict than threads.
+    It is done on CPUs, wherever the booster was trained.
 
     Parameters
     ----------
@@ -124,11 +129,18 @@ def predict(
     if not dask.is_dask_collection(data):
         return predict_block(data, base_margin, booster=booster, options=options, like_input=True)
     _check_features(booster, data, options)
-    # A task, not a value: values may be copied into every task that uses them.
-    node = dask.delayed(sealed(_Model), pure=True)(bytes(booster.save_raw("ubj")))
     if partitions.is_array(data):
-        return _predict_array(node, booster, data, base_margin, options)
-    return _predict_frame(node, booster, data, base_margin, options)
+        return _predict_array(booster, data, base_margin, options)
+    return _predict_frame(booster, data, base_margin, options)
+
+
+def _layer(booster: xgb.Booster, tasks: int, **fixed: Any) -> tuple[sealed, dict[str, Any]]:
+    """`predict_block` for so many tasks, and the keywords it is to be called with."""
+    raw = bytes(booster.save_raw("ubj"))
+    if len(raw) * tasks <= _WITH_TASKS:
+        return sealed(predict_block, booster=_Model(raw), **fixed), {}
+    # A task, not a value: values may be copied into every task that uses them.
+    return sealed(predict_block, **fixed), {"booster": dask.delayed(sealed(_Model), pure=True)(raw)}
 
 
 def _booster_of(model: Any) -> xgb.Booster:
@@ -159,10 +171,19 @@ class _Model:
             return self._loaded[threads]
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _Model, (self.raw,)
+        return _arrived if len(self.raw) <= _WITH_TASKS else _Model, (self.raw,)
+
+    def __dask_tokenize__(self) -> Any:
+        return "_Model", self.raw
 
     def __sizeof__(self) -> int:
         return object.__sizeof__(self) + 2 * len(self.raw)
+
+
+@functools.lru_cache(maxsize=4)
+def _arrived(raw: bytes) -> _Model:
+    """One object for all tasks that bring the same bytes, also those of the next call."""
+    return _Model(raw)
 
 
 def _threads(rows: int) -> int:
@@ -199,58 +220,40 @@ def _sample(booster: xgb.Booster, data: Any, options: _Options, margin: Any) -> 
     return predict_block(rows, margin, booster=booster, options=options)
 
 
-def _predict_array(node: Any, booster: xgb.Booster, data: Any, margin: Any, options: _Options) -> Any:
-    import dask.array as da
-
+def _predict_array(booster: xgb.Booster, data: Any, margin: Any, options: _Options) -> Any:
     inputs = {"X": data} if margin is None else {"X": data, "base_margin": margin}
-    aligned = partitions.align(inputs)
+    arrays = list(partitions.align(inputs).values())
     sample = _sample(booster, data, options, margin)
-    axes = tuple(range(2, 1 + sample.ndim))
-    # Rows are axis 0 of all; no other axis is shared.
-    operands = [
-        (block, (0, *(-10 * number - axis for axis in range(1, block.ndim))))
-        for number, block in enumerate(aligned.values())
-    ]
-    return da.blockwise(
-        sealed(predict_block, options=options, shape=sample.shape[1:]),
-        (0, *axes),
-        *(item for pair in operands for item in pair),
-        booster=node,
-        new_axes=dict(zip(axes, sample.shape[1:])),
-        concatenate=True,
-        dtype=sample.dtype,
-        meta=np.empty((0,) * sample.ndim, dtype=sample.dtype),
-        name="predict_block-" + dask.base.tokenize(node, options, *aligned.values()),
-    )
+    shape = sample.shape[1:]
+    function, keywords = _layer(booster, arrays[0].numblocks[0], options=options, shape=shape)
+    name = "predict_block-" + dask.base.tokenize(function, keywords, *arrays)
+    return partitions.map_rows(function, arrays, shape, sample.dtype, name=name, **keywords)
 
 
-def _predict_frame(node: Any, booster: xgb.Booster, data: Any, margin: Any, options: _Options) -> Any:
+def _predict_frame(booster: xgb.Booster, data: Any, margin: Any, options: _Options) -> Any:
     import dask.array as da
     import pandas as pd
 
     sample = _sample(booster, data, options, margin)
+    shape, like_input = sample.shape[1:], sample.ndim <= 2
+    function, keywords = _layer(booster, data.npartitions, options=options, shape=shape, like_input=like_input)
     margins = () if margin is None else (partitions.align({"data": data, "base_margin": margin})["base_margin"],)
     if margins and partitions.is_array(margins[0]):
         margins = (_frame_of(margins[0], data),)
-    if sample.ndim > 2:
+    if not like_input:
         blocks = data.to_delayed()
         extra = [m.to_delayed() for m in margins]
         arrays = [
-            da.from_delayed(
-                dask.delayed(sealed(predict_block, options=options, shape=sample.shape[1:]))(*parts, booster=node),
-                (math.nan, *sample.shape[1:]),
-                dtype=sample.dtype,
-            )
+            da.from_delayed(dask.delayed(function)(*parts, **keywords), (math.nan, *shape), dtype=sample.dtype)
             for parts in zip(blocks, *extra)
         ]
         return da.concatenate(arrays, allow_unknown_chunksizes=True)
     index = data._meta.index
     meta: Any = pd.Series(np.empty(0, sample.dtype), index=index)
     if sample.ndim == 2:
-        meta = pd.DataFrame(np.empty((0, sample.shape[1]), sample.dtype), index=index)
-    function = sealed(predict_block, options=options, shape=sample.shape[1:], like_input=True)
+        meta = pd.DataFrame(np.empty((0, *shape), sample.dtype), index=index)
     return data.map_partitions(
-        function, *margins, booster=node, meta=meta,
+        function, *margins, **keywords, meta=meta,
         align_dataframes=False, enforce_metadata=False, clear_divisions=False,
     )  # fmt: skip
 

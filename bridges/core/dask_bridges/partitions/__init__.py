@@ -4,6 +4,7 @@ from dask_bridges.partitions.balance import assign
 from dask_bridges.partitions.blocks import Part, PartInfo, rows_of, size_of, take
 from dask_bridges.partitions.collections import align, is_array, is_frame
 from dask_bridges.partitions.load import Partitions, Prepared, load, load_all, prepare, prepare_all
+from dask_bridges.partitions.mapping import map_rows
 
 __all__ = [
     "Part",
@@ -16,6 +17,7 @@ __all__ = [
     "is_frame",
     "load",
     "load_all",
+    "map_rows",
     "prepare",
     "prepare_all",
     "rows_of",
