@@ -155,6 +155,16 @@ def test_a_frame_that_was_changed_in_place_is_another(client: Client) -> None:
     assert not same(after, before)
 
 
+def test_nothing_of_it_runs_any_more_when_a_training_returns(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dask_xgboost.supervising.SETTLED_WITHIN", 30)
+    for seed in range(3):
+        X, y = arrays(seed)
+        train(client, X, y, num_boost_round=20)
+        running = [key for keys in client.processing().values() for key in keys]
+        assert not [key for key in running if str(key).startswith("dask-bridges-m")]
+        assert all(map(any, kept(client).values()))
+
+
 def test_what_is_kept_goes_with_the_collection(client: Client) -> None:
     X, y = arrays()
     train(client, X, y)

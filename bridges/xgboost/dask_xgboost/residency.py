@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import uuid
 from collections.abc import Sequence
 
@@ -9,7 +11,7 @@ from distributed import Client
 
 from dask_xgboost.datasets import Datasets
 from dask_xgboost.ready import Agreed
-from dask_xgboost.resident import disown
+from dask_xgboost.resident import TAKEN_WITHIN, disown
 
 __all__ = ["Residency"]
 
@@ -46,10 +48,12 @@ class Residency:
             matrix.residents.keep_only({w: self._sets.how(matrix, w) for w in ranks} if keep else {})
         return [self._keys(worker) for worker in ranks]
 
-    async def taken(self) -> None:
-        """Wait until the workers have taken what they are to keep."""
-        for matrix in self._sets.each:
-            await matrix.residents.taken()
+    async def taken(self, within: float = TAKEN_WITHIN) -> None:
+        """Wait until the workers have taken what they are to keep, at most so many seconds."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(within):
+                for matrix in self._sets.each:
+                    await matrix.residents.taken()
 
     def adopt(self, ranks: Sequence[str], agreed: Agreed | None) -> None:
         """Have the workers keep what an attempt has built; None where it is not known what that was."""

@@ -171,6 +171,4 @@ class Residents:
     async def taken(self) -> None:
         """Wait until the workers have taken what they are to keep."""
         if pending := [future for _, future in self._kept.values() if future.status == "pending"]:
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(TAKEN_WITHIN):
-                    await asyncio.gather(*(future.exception() for future in pending), return_exceptions=True)
+            await asyncio.gather(*(future.exception() for future in pending), return_exceptions=True)

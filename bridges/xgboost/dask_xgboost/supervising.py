@@ -43,6 +43,9 @@ MAX_BIN = 256  # XGBoost's default
 #: So often partitions are brought back that were not there when a training began.
 FETCHES = 3
 
+#: Seconds for which a training that is over waits at most for what its workers are to keep.
+SETTLED_WITHIN = 0.1
+
 
 @dataclass
 class Supervised:
@@ -150,7 +153,8 @@ class Supervised:
             else:
                 self._residency.adopt(self._seating.ranks, result.agreed)
                 if self.loop.num_boost_round > self.loop.segment:
-                    await self._kept(wanted=False)
+                    # Both at once: of tasks that are not over, a cluster that is closed next would warn.
+                    await asyncio.gather(self._kept(wanted=False), self._residency.taken(within=SETTLED_WITHIN))
                 return result
 
     def _is_taken_away(self) -> bool:
