@@ -8,7 +8,7 @@ are given their matrix ready. *Tiny* is what a training costs by itself.
 Training is bound by XGBoost: binning the rows once, and a histogram over all rows for each level of each tree, from
 memory; one process with all the threads does this without any network. Prediction is bound by walking the trees.
 
-Run: python benchmarks/xgboost_train.py [--only cold,tiny,...] [--rows 1000000] [--repeats 5]
+Run: python benchmarks/xgboost_train.py [--only cold,tiny,...] [--rows 1000000] [--repeats 5] [--workers 1,2,4]
 """
 
 from __future__ import annotations
@@ -45,6 +45,9 @@ from xgboost_peers import (
     trainings,
     validations,
 )
+
+#: Of one thread each.
+WORKERS = "2"
 
 SECTIONS: dict[str, Callable[[Any], None]] = {}
 
@@ -120,24 +123,30 @@ def _of_status(name: str) -> int:
 # Sections
 
 
-def rows_of(client: Client, options: Any, parts: int = 8) -> Rows:
+def dense(client: Client, options: Any, parts: int = 8) -> Rows:
     return replace(arrays(client, dense_part, options.rows, options.columns, parts), rounds=options.rounds)
+
+
+def compare_trainings(kind: str, options: Any, made: Callable[[Client], Rows], *, is_cold: bool = True) -> None:
+    """On as many workers, of one thread each, as asked for, one number after the other."""
+    for workers in map(int, options.workers.split(",")):
+        with cluster(workers) as client:
+            rows = replace(made(client), rounds=options.rounds, threads=workers)
+            title = f"{kind}, {shape(rows)}, {rows.rounds} rounds"
+            title += f", workers: {workers}" if options.workers != WORKERS else ""
+            compare(title, client, trainings(rows, cold=is_cold), options.repeats)
 
 
 @section
 def cold(options: Any) -> None:
     """Nothing on the workers but the rows."""
-    with cluster() as client:
-        rows = rows_of(client, options)
-        compare(f"cold, {shape(rows)}, {rows.rounds} rounds", client, trainings(rows), options.repeats)
+    compare_trainings("cold", options, lambda client: dense(client, options))
 
 
 @section
 def repeated(options: Any) -> None:
     """The same data again."""
-    with cluster() as client:
-        rows = rows_of(client, options)
-        compare(f"repeated, {shape(rows)}, {rows.rounds} rounds", client, trainings(rows, cold=False), options.repeats)
+    compare_trainings("repeated", options, lambda client: dense(client, options), is_cold=False)
 
 
 @section
@@ -176,7 +185,7 @@ def memory(options: Any) -> None:
 def predict(options: Any) -> None:
     """Predictions, left on the workers."""
     with cluster() as client:
-        rows = rows_of(client, options)
+        rows = dense(client, options)
         title = f"predict {shape(rows)}, {rows.rounds} trees"
         compare(title, client, predictions(rows, title), 3 * options.repeats)
 
@@ -184,49 +193,33 @@ def predict(options: Any) -> None:
 @section
 def wide(options: Any) -> None:
     """Many columns."""
-    with cluster() as client:
-        rows = replace(arrays(client, dense_part, options.rows // 10, 40 * options.columns, 8), rounds=options.rounds)
-        compare(f"wide, {shape(rows)}, {rows.rounds} rounds", client, trainings(rows), options.repeats)
+    rows, columns = options.rows // 10, 40 * options.columns
+    compare_trainings("wide", options, lambda client: arrays(client, dense_part, rows, columns, 8))
 
 
 @section
 def sparse(options: Any) -> None:
     """CSR, one value in a hundred."""
-    with cluster() as client:
-        rows = replace(arrays(client, sparse_part, options.rows, 20 * options.columns, 8), rounds=options.rounds)
-        compare(f"sparse, {shape(rows)}, 1 %, {rows.rounds} rounds", client, trainings(rows), options.repeats)
+    columns = 20 * options.columns
+    compare_trainings("sparse, 1 %", options, lambda client: arrays(client, sparse_part, options.rows, columns, 8))
 
 
 @section
 def categorical(options: Any) -> None:
     """Flights, with carriers and airports."""
-    with cluster() as client:
-        rows = replace(flights(client, options.copies), rounds=options.rounds)
-        title = f"categorical, {len(rows.X):,} x {rows.X.shape[1]}, {rows.rounds} rounds"
-        compare(title, client, trainings(rows), options.repeats)
-
-
-@section
-def growth(options: Any) -> None:
-    """From one worker to four, of one thread each."""
-    for workers in (1, 2, 4):
-        with cluster(workers) as client:
-            rows = replace(rows_of(client, options), threads=workers)
-            for title, is_cold in (("cold", True), ("repeated", False)):
-                run = trainings(rows, cold=is_cold)
-                compare(f"{title}, {shape(rows)}, workers: {workers}", client, run, options.repeats)
+    compare_trainings("categorical", options, lambda client: flights(client, options.copies))
 
 
 @section
 def cv(options: Any) -> None:
     """Five folds."""
     with cluster() as client:
-        rows = rows_of(client, options, parts=10)
+        rows = dense(client, options, parts=10)
         compare(f"cv, 5 folds, {shape(rows)}, {rows.rounds} rounds", client, validations(rows, 5), options.repeats)
 
 
 def shape(rows: Rows) -> str:
-    return " x ".join(f"{size:,}" for size in rows.features.shape)
+    return " x ".join(f"{size:,}" for size in rows.X.shape)
 
 
 def main() -> None:
@@ -237,6 +230,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--copies", type=int, default=20, help="of the flights")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--workers", default=WORKERS, help="of the trainings; several numbers: how they grow")
     options = parser.parse_args()
     wanted = options.only.split(",")
     if unknown := set(wanted) - set(SECTIONS):
