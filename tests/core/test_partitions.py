@@ -19,6 +19,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import scipy.sparse as sp
+from dask._task_spec import Alias, Task
 from distributed import Client, LocalCluster
 from distributed.core import Status
 from hypothesis import given
@@ -140,6 +141,46 @@ def test_arrays_of_one_source_read_it_once(client: Client, source: Any) -> None:
     parts = load(client, {"X": array[:, :1], "y": array[:, 1], "weight": array[:, 2]})
     assert reads() == 8
     assert parts.rows == [5] * 8
+
+
+MADE: dict[str, Callable[[Any], Any]] = {
+    "plain": lambda frame: frame,
+    "rows by label": lambda frame: frame.loc[12:33],
+    "some labels": lambda frame: frame.loc[[3, 17, 30]],
+    "partitions in another order": lambda frame: frame.partitions[[5, 2, 3]],
+    "rows by value": lambda frame: frame[frame.a % 3 > 0],
+    "other partitions": lambda frame: frame.repartition(npartitions=3),
+    "twice": lambda frame: dd.concat([frame, frame]),
+}
+
+
+@pytest.mark.parametrize("sets", [1, 2])
+@pytest.mark.parametrize("persisted", [False, True], ids=["lazy", "persisted"])
+@pytest.mark.parametrize("make", MADE.values(), ids=MADE)
+def test_rows_of_frames_come_in_their_order(client: Client, make: Any, persisted: bool, sets: int) -> None:
+    source = dd.from_pandas(pd.DataFrame({"a": np.arange(40.0), "y": np.arange(40.0) * 2}), npartitions=8)
+    frame = make(client.persist(source) if persisted else source)
+    each = [{"X": frame[["a"]], "y": frame["y"]} for _ in range(sets)]
+
+    async def run() -> list[Partitions]:
+        return await partitions.load_all(client, [(one, None) for one in partitions.prepare_all(client, each)])
+
+    expected = make(source).compute(scheduler="sync")
+    for parts in client.sync(run):
+        np.testing.assert_array_equal(np.concatenate([b["a"] for b in blocks(client, parts, "X")]), expected["a"])
+        np.testing.assert_array_equal(np.concatenate(blocks(client, parts, "y")), expected["y"])
+
+
+def test_the_frames_of_a_partition_are_brought_together_in_one_task(client: Client) -> None:
+    source = dd.from_pandas(pd.DataFrame({"a": np.arange(40.0), "y": np.arange(40.0)}), npartitions=8)
+    held = client.persist(source)
+    for X, y in (
+        (source[["a"]] + 1, source["y"]),
+        (held[["a"]], held["y"]),
+        (client.persist(held[["a"]]), client.persist(held["y"])),
+    ):
+        graph = partitions.prepare(client, {"X": X, "y": y}).graph
+        assert sum(isinstance(node, Task | Alias) for node in graph.values()) == 8
 
 
 # Alignment

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import dask
-from dask._task_spec import TaskRef
+from dask._task_spec import Alias, TaskRef, convert_legacy_graph
 from dask.core import flatten
 from dask.highlevelgraph import HighLevelGraph
 from distributed import Client, Future, KilledWorker
@@ -373,10 +373,23 @@ def _frames_graph(sets: Sequence[Mapping[str, Any]]) -> tuple[dict[Any, Any], li
         )
         for frames in sets
     ]
-    # Not dask.optimize: it loses the order of a frame's partitions behind .loc (dask 2026.8).
-    together = dask.base.collections_to_expr(packs).optimize()
+    # Not dask.optimize: it loses the order of a frame's partitions behind .loc (dask 2026.8). Several are not fused:
+    # each would read for itself what they share.
+    together = packs[0].optimize() if len(packs) == 1 else dask.base.collections_to_expr(packs).optimize()
     keys = together.__dask_keys__() if len(packs) > 1 else [together.__dask_keys__()]
-    return dict(together.__dask_graph__()), [list(flatten(some)) for some in keys]
+    keys = [list(flatten(some)) for some in keys]
+    return _without_aliases(dict(together.__dask_graph__()), set(flatten(keys))), keys
+
+
+def _without_aliases(graph: dict[Any, Any], wanted: set[Any]) -> dict[Any, Any]:
+    """A graph without the names that Dask gives to what is persisted; each would run as a task."""
+    futures = {key: node for key, node in graph.items() if isinstance(node, Future)}
+    nodes = convert_legacy_graph({key: node for key, node in graph.items() if key not in futures}, all_keys=graph)
+    aliases = {key: node.target for key, node in nodes.items() if isinstance(node, Alias) and key not in wanted}
+    for key in aliases:
+        while aliases[key] in aliases:
+            aliases[key] = aliases[aliases[key]]
+    return {**futures, **{key: node.substitute(aliases) for key, node in nodes.items() if key not in aliases}}
 
 
 def _arrays_graph(arrays: Sequence[Any]) -> dict[Any, Any]:
