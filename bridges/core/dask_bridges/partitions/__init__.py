@@ -3,8 +3,9 @@
 from dask_bridges.partitions.balance import assign
 from dask_bridges.partitions.blocks import Part, PartInfo, rows_of, size_of, take
 from dask_bridges.partitions.collections import align, is_array, is_frame
-from dask_bridges.partitions.load import Partitions, Prepared, load, load_all, prepare, prepare_all
+from dask_bridges.partitions.load import Partitions, load, load_all
 from dask_bridges.partitions.mapping import map_rows
+from dask_bridges.partitions.prepare import Prepared, prepare, prepare_all
 
 __all__ = [
     "Part",
