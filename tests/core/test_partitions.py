@@ -171,16 +171,16 @@ def test_rows_of_frames_come_in_their_order(client: Client, make: Any, persisted
         np.testing.assert_array_equal(np.concatenate(blocks(client, parts, "y")), expected["y"])
 
 
-def test_the_frames_of_a_partition_are_brought_together_in_one_task(client: Client) -> None:
+@pytest.mark.parametrize("sets", [1, 2])
+def test_a_partition_of_frames_takes_one_task_and_with_several_sets_one_for_each(client: Client, sets: int) -> None:
     source = dd.from_pandas(pd.DataFrame({"a": np.arange(40.0), "y": np.arange(40.0)}), npartitions=8)
     held = client.persist(source)
-    for X, y in (
-        (source[["a"]] + 1, source["y"]),
-        (held[["a"]], held["y"]),
-        (client.persist(held[["a"]]), client.persist(held["y"])),
-    ):
-        graph = partitions.prepare(client, {"X": X, "y": y}).graph
-        assert sum(isinstance(node, Task | Alias) for node in graph.values()) == 8
+    given = [(client.persist(held[["a"]] + number), client.persist(held["y"] + number)) for number in range(sets)]
+    if sets == 1:  # of several sets nothing is fused, since each would read what they share
+        given += [(source[["a"]] + 1, source["y"]), (held[["a"]], held["y"])]
+    for some in [given] if sets > 1 else [[one] for one in given]:
+        graph = partitions.prepare_all(client, [{"X": X, "y": y} for X, y in some])[0].graph
+        assert sum(isinstance(node, Task | Alias) for node in graph.values()) == 8 * sets
 
 
 # Alignment

@@ -20,6 +20,7 @@ import pytest
 import xgboost as xgb
 from distributed import Client, LocalCluster, get_worker
 from tests.xgboost.losses import DiesOnce
+from tests.xgboost.waiting import wait_on_workers
 from xgboost import collective
 
 import dask_xgboost
@@ -61,15 +62,10 @@ def caches_on_workers(client: Client) -> list[Path]:
 
 def wait_until_gone(client: Client, place: Path | None = None) -> None:
     """Wait until no folder is left, on the workers."""
-
-    async def gone(dask_worker: Any, place: str | None) -> None:
-        import asyncio
-
-        async with asyncio.timeout(20):
-            while [*Path(place or dask_worker.local_directory).glob("dask-bridges-*/*xgboost-*")]:
-                await asyncio.sleep(0.01)
-
-    client.run(gone, place=str(place) if place else None)
+    given = str(place) if place else None
+    wait_on_workers(
+        client, lambda worker: not [*Path(given or worker.local_directory).glob("dask-bridges-*/*xgboost-*")]
+    )
 
 
 class Looks(xgb.callback.TrainingCallback):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ import pytest
 import xgboost as xgb
 from distributed import Client, Scheduler, Worker
 from tests.xgboost.losses import DiesOnce
+from tests.xgboost.waiting import wait_on_workers
 from xgboost import collective
 
 import dask_xgboost
@@ -86,17 +87,9 @@ def wait_until_none_is_kept(client: Client) -> None:
     _wait_until(client, lambda key: not key.startswith("dask-bridges-m"))
 
 
-def _wait_until(client: Client, holds: Any) -> None:
+def _wait_until(client: Client, holds: Callable[[str], bool]) -> None:
     """Wait until it holds for all keys of data on all workers."""
-
-    async def there(dask_worker: Worker) -> None:
-        import asyncio
-
-        async with asyncio.timeout(20):
-            while not all(holds(str(key)) for key in list(dask_worker.data)):
-                await asyncio.sleep(0.01)
-
-    client.run(there)
+    wait_on_workers(client, lambda worker: all(holds(str(key)) for key in list(worker.data)))
 
 
 @pytest.fixture

@@ -113,14 +113,20 @@ def _frames_graph(sets: Sequence[Mapping[str, Any]]) -> tuple[dict[Any, Any], li
     ]
     # Not dask.optimize: it loses the order of a frame's partitions behind .loc (dask 2026.8). Several are not fused:
     # each would read for itself what they share.
-    together = packs[0].optimize() if len(packs) == 1 else dask.base.collections_to_expr(packs).optimize()
-    keys = together.__dask_keys__() if len(packs) > 1 else [together.__dask_keys__()]
-    keys = [list(flatten(some)) for some in keys]
+    if len(packs) == 1:
+        together = packs[0].optimize()
+        keys = [list(flatten(together.__dask_keys__()))]
+    else:
+        together = dask.base.collections_to_expr(packs).optimize()
+        keys = [list(flatten(some)) for some in together.__dask_keys__()]
     return _without_aliases(dict(together.__dask_graph__()), set(flatten(keys))), keys
 
 
 def _without_aliases(graph: dict[Any, Any], wanted: set[Any]) -> dict[Any, Any]:
-    """A graph without the names that Dask gives to what is persisted; each would run as a task."""
+    """A graph without the names that Dask gives to what is persisted; each would run as a task.
+
+    `dask._task_spec.resolve_aliases` leaves these, since what they stand for is not in the graph.
+    """
     futures = {key: node for key, node in graph.items() if isinstance(node, Future)}
     nodes = convert_legacy_graph({key: node for key, node in graph.items() if key not in futures}, all_keys=graph)
     aliases = {key: node.target for key, node in nodes.items() if isinstance(node, Alias) and key not in wanted}
